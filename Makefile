@@ -1,0 +1,30 @@
+# Each target is one line that a person could type. `make demo` and `make test` set up everything they need.
+SEED ?= 7
+DATA ?=
+PY = .venv/bin/python
+export OMP_NUM_THREADS ?= 1
+export RAY_AUTH_MODE ?= disabled
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: setup demo test check bench
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml requirements/cpu.txt
+	python3.11 -m venv .venv
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -r requirements/cpu.txt
+	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(PY) launch/demo.py --seed $(SEED) $(if $(DATA),--data $(DATA))
+
+test: setup
+	$(PY) -m pytest -m "not bench and not gpu"
+
+check: setup
+	ruff format --check . && ruff check . && pyright && lint-imports
+
+bench: setup
+	$(PY) -m pytest -m bench tests/bench

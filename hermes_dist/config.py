@@ -1,0 +1,381 @@
+"""Every knob, as frozen sections that equal the JSON file.
+
+A part receives its section, never the root. What can be computed is not a knob. An unknown key is an error that names the
+nearest known one. `model.reading` ("paper" or "published") is a preset: it fills every field left at `null` that READINGS
+lists; the resolved configuration, complete, lies beside the run as `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hermes_dist.errors import ConfigError, nearest
+
+Vox3 = tuple[int, int, int]
+Precision = Literal["fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, field docstrings become JSON Schema descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Name of the run; its directory is `output_dir/name`."""
+    seed: int = 0
+    """Moves the initialisation, the order of samples, crops and augmentation."""
+    output_dir: str = "runs"
+    """Folder that holds the run directories."""
+    resume: str = "auto"
+    """`auto` = go on from the newest complete checkpoint if there is one; `never` = start anew (in a new run directory);
+    or a checkpoint's path."""
+
+
+class MixtureConfig(Section):
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """Share of a dataset ∝ (cases)^alpha: 1 = every case equally often, 0 = every dataset equally often."""
+    weights: dict[str, float] | None = None
+    """Explicit relative share per dataset name (replaces alpha; a dataset that is not named gets none)."""
+    block: int = Field(default=256, ge=1)
+    """Positions per block; within each block the shares are met exactly (by largest remainder)."""
+
+
+class ForegroundConfig(Section):
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Chance that a patch is centred near a foreground voxel of a class drawn from those present in the case."""
+    class_weights: dict[str, float] = {}
+    """Relative weight of `dataset/class` names in that draw (default 1)."""
+
+
+class DataConfig(Section):
+    stores: tuple[str, ...] = ()
+    """URLs or paths of shard stores written by `hermes-shard convert`; several are trained together."""
+    split: str = "train"
+    """Split that training reads."""
+    patch_vox_zyx: Vox3 = (128, 128, 128)
+    """Training patch in voxels, Z Y X."""
+    mixture: MixtureConfig = MixtureConfig()
+    """How often each dataset is drawn."""
+    foreground: ForegroundConfig = ForegroundConfig()
+    """How patches are centred."""
+    allow_changed_collection: bool = False
+    """Resume although the stores' content hash differs from the checkpoint's (recorded in the run)."""
+
+
+class FaultsConfig(Section):
+    retries: int = Field(default=5, ge=0)
+    """Attempts after the first for transient storage errors."""
+    backoff_s: float = Field(default=0.2, gt=0)
+    """First pause between attempts; doubles each time, with jitter, at most 30 s."""
+    max_quarantined: int = Field(default=10, ge=0)
+    """Corrupt cases that are replaced before the run stops."""
+    chaos: dict[str, float] = {}
+    """Fault injection for tests: `corrupt`, `transient`, `slow_s`, `kill` → probability or seconds per sample."""
+
+
+class StreamConfig(Section):
+    backend: Literal["ray", "inline"] = "ray"
+    """`ray` = Ray Data workers; `inline` = the same samples read in the training process (debugging)."""
+    workers: int = Field(default=1, ge=0)
+    """Ray workers per rank."""
+    max_workers: int | None = None
+    """Upper bound of autoscaling workers per rank (default: `workers`)."""
+    prefetch: int = Field(default=4, ge=1)
+    """Samples per rank that may be ready in advance."""
+    ray_address: str = "local"
+    """`local` = a private cluster started by one rank of the host; else a Ray address (`auto`, host:port)."""
+    object_store_mib: int = Field(default=512, ge=80)
+    """Object store of a private Ray cluster."""
+    wait_limit_s: float = Field(default=300, gt=0)
+    """Longest wait for one sample; then the run stops and says what it waited for."""
+    cache_mib: int = Field(default=0, ge=0)
+    """Local disk cache for remote stores, shared by the workers of a host (0 = none)."""
+    cache_dir: str | None = None
+    """Folder of that cache."""
+    faults: FaultsConfig = FaultsConfig()
+    """Retries, quarantine and fault injection."""
+
+
+class AugmentConfig(Section):
+    enabled: bool = True
+    """All augmentation on or off."""
+    where: Literal["worker", "device", "auto"] = "worker"
+    """On the data workers, batched on the training device, or decided by measured data wait."""
+    spatial_probability: float = Field(default=0.5, ge=0, le=1)
+    """Chance of the affine (rotation, scale, shear: one interpolation)."""
+    rotation_deg: float = 30.0
+    """Rotation U(-r, r) about each axis."""
+    scale: float = Field(default=0.7, gt=0, le=1)
+    """Scale U(s, 1/s) per axis."""
+    shear: float = 0.1
+    """Six shear terms U(-h, h)."""
+    intensity_probability: float = Field(default=0.15, ge=0, le=1)
+    """Chance of each intensity change (brightness ×, brightness +, gamma, contrast, blur, noise)."""
+    brightness: float = 0.3
+    """Factor U(1-b, 1+b)."""
+    brightness_add_std: float = 0.1
+    """Offset N(0, std)."""
+    gamma: tuple[float, float] = (0.7, 1.5)
+    """Exponent range."""
+    contrast: float = 0.3
+    """Factor U(1-c, 1+c) about the mean."""
+    blur_sigma_vox: tuple[float, float] = (0.5, 1.0)
+    """Gaussian blur sigma."""
+    noise_std: float = 0.1
+    """Noise with std U(0, n)."""
+
+
+FusionPlace = Literal["enc4", "enc8", "enc16", "dec8", "dec4"]
+
+
+class PriorsConfig(Section):
+    scales: tuple[FusionPlace, ...] = ("enc4", "enc8", "enc16", "dec8", "dec4")
+    """Where priors and features are fused: encoder at 4×, 8×, 16× and decoder at 8×, 4× (Table 4: single scale = enc16)."""
+    direction: Literal["bidirectional", "unidirectional"] = "bidirectional"
+    """Unidirectional: tokens read the features, the features stay unchanged (Table 4)."""
+    modality: bool = True
+    """Use modality tokens (Table 4)."""
+    length: int = Field(default=10, ge=1)
+    """Tokens per modality, l of the paper."""
+    padding: Literal["masked", "attended"] | None = None
+    """Padding columns: masked (a sample depends on itself alone), or one learned null token attended to, as published."""
+
+
+class ModelConfig(Section):
+    method: Literal["hermes", "traditional"] = "hermes"
+    """`hermes` = priors and prototypes; `traditional` = the bare backbone with one output channel per task."""
+    backbone: Literal["resunet", "medformer", "nnunet", "swinunetr"] = "resunet"
+    """Backbone; `nnunet` and `swinunetr` are traditional only."""
+    reading: Literal["paper", "published"] = "paper"
+    """Preset that fills the fields left at null: see READINGS."""
+    base_channels: int = Field(default=32, ge=8)
+    """Channels of the first stage, a multiple of 8; the stages have 1, 2, 4, 8, 10 times as many."""
+    blocks: tuple[int, int, int, int] = (2, 2, 2, 2)
+    """ResUNet: residual blocks of the four encoder stages (the decoder mirrors them)."""
+    priors: PriorsConfig = PriorsConfig()
+    """Context priors."""
+    attention: Literal["fused", "reference"] = "fused"
+    """Fused kernels, or the plain formula (for tests)."""
+
+
+class LossConfig(Section):
+    overlap: Literal["dice", "tversky"] | None = None
+    """Overlap term: plain soft Dice (paper) or adaptive Tversky (published)."""
+    modality_weight: float | None = None
+    """λ of the modality cross entropy: 0.001 (paper), 0.01 (published); 0 = without the auxiliary loss."""
+    auxiliary_weight: float = Field(default=0.5, ge=0, le=1)
+    """Weight of Hermes-M's auxiliary head; the main head has the rest."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["lamb", "adamw"] = "lamb"
+    """LAMB with whole-tensor trust ratios under every ZeRO stage, or AdamW."""
+    lr: float = Field(default=2e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the moving averages."""
+    eps: float = 1e-5
+    """Added to the root of the second moment."""
+    weight_decay: float = 1e-5
+    """Decoupled weight decay on every tensor."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Global gradient norm limit (0 = none)."""
+    schedule: Literal["exponential", "polynomial", "constant"] | None = None
+    """Decay after the warm-up: exponential (paper) or polynomial with power 0.9 (published)."""
+    warmup_fraction: float = Field(default=0.025, ge=0, lt=1)
+    """Share of the steps with the exponential-shaped warm-up (published: 5 of 200 epochs)."""
+    final_lr_ratio: float = Field(default=0.01, gt=0, le=1)
+    """Exponential schedule: last learning rate over the peak (the paper does not state its rate)."""
+
+
+class EmaConfig(Section):
+    enabled: bool = True
+    """Keep an exponential moving average of the weights; evaluation and export use it."""
+    decay: float = Field(default=0.99, ge=0, lt=1)
+    """min(1 - 1/(step+1), decay), as published."""
+
+
+class TrainConfig(Section):
+    global_batch: int = Field(default=16, ge=1)
+    """Samples per step over all ranks; step s consumes positions [s·B, (s+1)·B)."""
+    micro_batch: int = Field(default=1, ge=1)
+    """Samples per forward pass on a rank; the rest is accumulated."""
+    max_steps: int = Field(default=80_000, ge=1)
+    """Steps of the whole training (the schedule's length)."""
+    precision: Precision = "fp32"
+    """`bf16` keeps fp32 master weights."""
+    activation_checkpointing: Literal["none", "blocks", "full", "selective"] = "none"
+    """What is recomputed in the backward pass."""
+    offload_activations: bool = False
+    """Keep saved activations in host memory."""
+    compile: bool = False
+    """torch.compile of the model's blocks."""
+    ema: EmaConfig = EmaConfig()
+    """Weight averaging."""
+    max_skipped: int = Field(default=20, ge=0)
+    """Steps with NaN/Inf loss or gradient that are skipped before the run stops."""
+    step_limit_s: float = Field(default=1800, gt=0)
+    """Time limit of collectives; then stacks are dumped and the run stops."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(default=1000, ge=0)
+    """Steps between checkpoints (0 = only the last)."""
+    keep: int = Field(default=2, ge=1)
+    """Newest complete checkpoints that are kept."""
+    keep_every_hours: float | None = None
+    """Also keep one checkpoint per this many hours."""
+    background: bool = True
+    """Write from a snapshot while training goes on."""
+
+
+class EvaluateConfig(Section):
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations of `split` during training (0 = off)."""
+    split: str = "val"
+    """Split evaluated during training. The test split is evaluated only on request."""
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    """Overlap of the sliding windows."""
+    window_vox_zyx: Vox3 | None = None
+    """Sliding window (default: the training patch)."""
+    empty_reference: Literal["count", "nnunet", "skip"] = "count"
+    """A class absent from a reference: `count` = Dice 1 if the prediction is empty too, else 0; `nnunet` = left out / 0;
+    `skip` = Hermes as published (left out, so false positives are free)."""
+    nsd_tolerance_mm: float = Field(default=2.0, gt=0)
+    """Tolerance of the normalised surface Dice."""
+    bootstrap: int = Field(default=1000, ge=0)
+    """Resamples for 95 % confidence intervals (0 = none)."""
+    max_cases: int | None = None
+    """Evaluate at most this many cases per dataset."""
+
+
+class MonitorConfig(Section):
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines on the terminal (metrics.jsonl has every step)."""
+    prometheus_host: str = "127.0.0.1"
+    """Address that the metrics endpoint binds to."""
+    prometheus_port: int = Field(default=9400, ge=-1, le=65535)
+    """First port; rank r listens at port + r. 0 = any free port, -1 = off."""
+    pushgateway: str | None = None
+    """Pushgateway URL for batch systems."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run directory."""
+
+
+class Config(Section):
+    """The whole configuration: ten sections, `monitor`, and a verbatim `deepspeed` section for what is not stated here."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    stream: StreamConfig = StreamConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    deepspeed: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    """Passed to DeepSpeed; keys that we state ourselves (batch, precision, optimizer, clipping) are refused here."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return Path(self.run.output_dir) / self.run.name
+
+
+READINGS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "model.priors.padding": "masked",
+        "loss.overlap": "dice",
+        "loss.modality_weight": 0.001,
+        "optimizer.schedule": "exponential",
+    },
+    "published": {
+        "model.priors.padding": "attended",
+        "loss.overlap": "tversky",
+        "loss.modality_weight": 0.01,
+        "optimizer.schedule": "polynomial",
+    },
+}
+"""What each reading of Hermes sets where the user did not (facts: the paper's text against the released code)."""
+
+
+def find_config(name: str, config_dir: Path) -> Path:
+    """`--config NAME`: a path as given, else in `config_dir`. Raises ConfigError naming both places."""
+    for path in (Path(name), config_dir / name, config_dir / f"{name}.json"):
+        if path.is_file():
+            return path
+    known = sorted(p.name for p in config_dir.glob("*.json"))
+    raise ConfigError(f"no configuration {name!r}: looked for {Path(name)} and {config_dir / name}.{nearest(name, known)}")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a JSON file, apply `section.key=JSON-or-text` overrides, validate, and fill in the reading's presets.
+
+    Raises:
+        ConfigError: unreadable JSON, unknown key, wrong type; names the key, the value and the nearest known key.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file: {error}") from None
+    for override in overrides:
+        _set_dotted(data, override)
+    return resolve(validate(data, source=str(path)))
+
+
+def validate(data: dict[str, Any], source: str = "config") -> Config:
+    """Parse a plain dict. Raises ConfigError with one line per wrong key."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def resolve(config: Config) -> Config:
+    """Fill every field left at None from the preset of `model.reading`."""
+    data = config.model_dump()
+    for dotted, value in READINGS[config.model.reading].items():
+        section = data
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            section = section[parent]
+        if section[leaf] is None:
+            section[leaf] = value
+    return Config.model_validate(data)
+
+
+def _set_dotted(data: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    data[leaf] = value
+
+
+def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+    dotted = ".".join(str(part) for part in location)
+    if kind != "extra_forbidden":
+        return f"{dotted} = {value!r}: {message[0].lower()}{message[1:]}"
+    section: Any = Config
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    return f"unknown key {dotted!r}.{nearest(str(location[-1]), list(section.model_fields))}"

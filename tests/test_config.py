@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hermes_dist.config import Config, find_config, load_config, resolve
+from hermes_dist.errors import ConfigError
+
+
+def write(tmp_path: Path, data: object) -> Path:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_overrides_take_json_or_text_and_create_sections(tmp_path):
+    overrides = ["data.patch_vox_zyx=[32,32,48]", "run.name=trial", "deepspeed.zero_optimization.stage=3"]
+    config = load_config(write(tmp_path, {}), overrides)
+    assert config.data.patch_vox_zyx == (32, 32, 48)
+    assert config.run.name == "trial"
+    assert config.deepspeed["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": {"global_batc": 3}}, "unknown key 'train.global_batc'. Did you mean 'global_batch'"),
+        ({"trian": {}}, "unknown key 'trian'. Did you mean 'train'"),
+        ({"train": {"max_steps": "many"}}, "train.max_steps = 'many'"),
+        ({"model": {"priors": {"lenght": 3}}}, "Did you mean 'length'"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(tmp_path, data, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(write(tmp_path, data))
+    assert caught.value.exit_code == 2
+
+
+def test_readings_fill_only_what_was_left_open(tmp_path):
+    paper = load_config(write(tmp_path, {}))
+    published = load_config(write(tmp_path, {"model": {"reading": "published"}, "loss": {"modality_weight": 0.5}}))
+    assert (paper.loss.overlap, paper.loss.modality_weight, paper.model.priors.padding) == ("dice", 0.001, "masked")
+    assert (published.loss.overlap, published.loss.modality_weight) == ("tversky", 0.5)
+    assert published.optimizer.schedule == "polynomial"
+
+
+def test_resolved_config_round_trips_through_json():
+    config = resolve(Config())
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_missing_config_names_both_places(tmp_path):
+    (tmp_path / "large.json").write_text("{}")
+    assert find_config("large.json", tmp_path) == tmp_path / "large.json"
+    with pytest.raises(ConfigError, match="Did you mean 'large.json'"):
+        find_config("larg.json", tmp_path)
