@@ -1,0 +1,106 @@
+"""Append-only JSON lines that survive kill -9: a line is there as a whole or not at all.
+
+Each line is one `write` on a descriptor opened for appending, so a killed process leaves at most one torn last line, which
+the next opening removes. There is no fsync per line: a killed *process* loses nothing, a killed *machine* may lose the last
+seconds, and those steps are repeated from the checkpoint anyway.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def encode(row: Mapping[str, Any]) -> bytes:
+    """One strict JSON line. NaN and Inf, which JSON does not know, become null; numpy and torch scalars become numbers."""
+    return (json.dumps(_plain(row), separators=(", ", ": "), allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
+        return _plain(value.tolist())
+    return str(value)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """All complete rows of a file; a torn last line is left out. A missing file has none."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+class JsonlFile:
+    """A file of JSON lines, open for appending; several processes may share one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._locked(self._drop_torn_line)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one line. The lock keeps lines of several hosts apart on network file systems, where appending is not atomic."""
+        line = encode(row)
+        self._locked(lambda: self._write(line))
+
+    def keep_steps_before(self, next_step: int) -> None:
+        """Remove the rows of `next_step` and later: a resumed run writes them again. Replaces the file atomically."""
+        kept = [encode(row) for row in read_rows(self.path) if row["step"] < next_step]
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        os.close(self._descriptor)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _write(self, line: bytes) -> None:
+        written = os.write(self._descriptor, line)
+        if written < len(line):  # a full disk takes a part: leave no torn line in the middle of the file
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, "no space left for a line of metrics; free some space", str(self.path))
+
+    def _locked(self, action: Callable[[], object]) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        try:
+            action()
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+    def _drop_torn_line(self) -> None:
+        end = os.fstat(self._descriptor).st_size
+        position = end
+        while position > 0:
+            start = max(0, position - 4096)
+            cut = os.pread(self._descriptor, position - start, start).rfind(b"\n")
+            if cut >= 0:
+                position = start + cut + 1
+                break
+            position = start
+        if position < end:
+            os.ftruncate(self._descriptor, position)

@@ -1,0 +1,166 @@
+"""The Prometheus side: a private registry filled from METRICS, an endpoint per rank, the discovery file, the Pushgateway.
+
+The registry is private, so several runs in one process (tests, sweeps) do not meet. The endpoint binds to loopback unless
+told otherwise. `prometheus_targets.json` in the run directory lists the endpoints of all ranks for Prometheus' file_sd; each
+rank keeps its own entry under a file lock, which also works for ranks of several hosts on a shared file system.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, push_to_gateway, start_http_server
+
+from hermes_dist.errors import nearest
+from hermes_dist.telemetry.metrics import METRICS, RUN_LABELS
+
+PUSH_EVERY_S = 15.0
+PUSH_LIMIT_S = 5.0
+TARGETS_FILE = "prometheus_targets.json"
+
+
+class Meters:
+    """All metrics of one process. Series appear when first used, so a panel never shows a zero that nobody measured."""
+
+    def __init__(self, run_name: str, rank: int) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._fixed = (run_name, str(rank))
+        self._families: dict[str, Counter | Gauge | Histogram] = {}
+        for metric in METRICS.values():
+            names = (*RUN_LABELS, *metric.labels)
+            if metric.kind == "histogram":
+                family = Histogram(metric.name, metric.help, names, buckets=metric.buckets, registry=self.registry)
+            else:
+                family = (Counter if metric.kind == "counter" else Gauge)(metric.name, metric.help, names, registry=self.registry)
+            self._families[metric.name] = family
+        self._series: dict[tuple[object, ...], Any] = {}
+
+    def series(self, name: str, labels: dict[str, str]) -> Any:
+        """The series of a metric. Raises KeyError for a name outside METRICS, ValueError for labels that are not the metric's."""
+        key = (name, *labels.items())
+        series = self._series.get(key)
+        if series is None:
+            if name not in METRICS:
+                raise KeyError(f"metric {name!r} is not in METRICS.{nearest(name, list(METRICS))}")
+            expected = METRICS[name].labels
+            if set(labels) != set(expected):
+                raise ValueError(f"metric {name!r} has labels {expected}, got {tuple(labels)}")
+            series = self._families[name].labels(*self._fixed, *(str(labels[label]) for label in expected))
+            self._series[key] = series
+        return series
+
+    def watch(self, name: str, function: Callable[[], float], labels: dict[str, str]) -> None:
+        """A gauge that is asked for its value when somebody scrapes."""
+        self.series(name, labels).set_function(function)
+
+
+class Endpoint:
+    """`http://host:port/metrics` for one rank."""
+
+    def __init__(self, registry: CollectorRegistry, host: str, first_port: int, rank: int, world_size: int) -> None:
+        wanted = first_port + rank if first_port > 0 else 0
+        self._server, self._thread = _listen(registry, host, wanted, max(world_size, 1))
+        self.port = int(self._server.server_port)
+        self.host = socket.gethostname() if host in ("0.0.0.0", "::") else host
+        if wanted and self.port != wanted:
+            print(
+                f"rank {rank}: port {wanted} is in use, metrics are at http://{self.host}:{self.port}/metrics",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5)
+
+
+def _listen(registry: CollectorRegistry, host: str, port: int, stride: int) -> tuple[WSGIServer, threading.Thread]:
+    # Strides of the world size keep the ranks of one host out of each other's way; in the end any free port will do.
+    ports = [p for p in range(port, port + 20 * stride, stride) if p <= 65535] if port else []
+    for candidate in [*ports, 0]:
+        try:
+            return start_http_server(candidate, addr=host, registry=registry)
+        except OSError as error:
+            if candidate == 0:
+                raise OSError(
+                    error.errno, f"cannot serve metrics on host {host!r} ({error}); set monitor.prometheus_host"
+                ) from error
+    raise AssertionError("unreachable")
+
+
+class TargetsFile:
+    """This rank's entry in `prometheus_targets.json`: `[{"targets": ["host:port"], "labels": {"target_rank": "0"}}, …]`."""
+
+    def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
+        self._path, self._rank, self._world_size = run_dir / TARGETS_FILE, rank, world_size
+
+    def register(self, address: str) -> None:
+        """Write this rank's address; entries of ranks beyond the world size (an earlier, larger start) go."""
+        self._update([{"targets": [address], "labels": {"target_rank": str(self._rank)}}])
+
+    def remove(self) -> None:
+        """Take this rank's entry out, so that a finished run is not reported as down."""
+        self._update([])
+
+    def _update(self, mine: list[dict[str, Any]]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with (self._path.parent / f".{TARGETS_FILE}.lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            others = [
+                e for e in self._read() if int(e["labels"]["target_rank"]) not in (self._rank, *range(self._world_size, 1 << 20))
+            ]
+            entries = sorted(others + mine, key=lambda e: int(e["labels"]["target_rank"]))
+            temporary = self._path.with_suffix(".tmp")
+            with temporary.open("w") as file:
+                file.write(json.dumps(entries, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path)
+
+    def _read(self) -> list[dict[str, Any]]:
+        return json.loads(self._path.read_text()) if self._path.is_file() else []
+
+
+class Pusher:
+    """Sends the registry to a Pushgateway every 15 s from a thread: for batch systems where nobody can scrape."""
+
+    def __init__(self, url: str, registry: CollectorRegistry, grouping: dict[str, str], on_error: Callable[[], None]) -> None:
+        self._url, self._registry, self._grouping, self._on_error = url, registry, grouping, on_error
+        self._warned = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="pushgateway", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(PUSH_EVERY_S):
+            self._push()
+
+    def _push(self) -> None:
+        try:
+            push_to_gateway(self._url, job="hermes", registry=self._registry, grouping_key=self._grouping, timeout=PUSH_LIMIT_S)
+        except OSError as error:  # URLError and time-outs included: monitoring must not stop a training
+            self._on_error()
+            if not self._warned:
+                print(
+                    f"Pushgateway {self._url} does not answer ({error}); training goes on, pushing is tried again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._warned = True
+
+    def close(self) -> None:
+        """A last push, so that the end of the run is seen."""
+        self._stop.set()
+        self._thread.join(timeout=PUSH_LIMIT_S + 1)
+        self._push()
