@@ -219,6 +219,10 @@ class TrainConfig(Section):
     """torch.compile of the model's blocks."""
     ema: EmaConfig = EmaConfig()
     """Weight averaging."""
+    initial_weights: str | None = None
+    """Start from these weights: a run directory or a .safetensors file (transfer, incremental learning)."""
+    trainable: Literal["all", "new_tasks"] = "all"
+    """`new_tasks`: everything that `initial_weights` brings stays frozen; only the new tasks' tokens learn."""
     max_skipped: int = Field(default=20, ge=0)
     """Steps with NaN/Inf loss or gradient that are skipped before the run stops."""
     step_limit_s: float = Field(default=1800, gt=0)

@@ -1,0 +1,177 @@
+"""The training loop: every call named, in order. What a step computes is in `step.py`; who computes it is the plan's business."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hermes_dist.config import Config
+from hermes_dist.errors import CheckpointError, NumericalError
+from hermes_dist.models import build_model
+from hermes_dist.parallel.checkpoint import Checkpointer
+from hermes_dist.parallel.engine import Engine, StepStats
+from hermes_dist.parallel.runtime import Runtime
+from hermes_dist.stream.batch import StepBatch
+from hermes_dist.stream.loader import open_stream
+from hermes_dist.tasks import TaskTable
+from hermes_dist.telemetry.telemetry import Telemetry
+from hermes_dist.train import run_directory, transfer
+from hermes_dist.train.evaluate import evaluate_during_training
+from hermes_dist.train.schedule import learning_rate
+from hermes_dist.train.step import LossSums, StepLoss, chain_hash
+
+
+@dataclass
+class TrainState:
+    """All that a run needs to go on, apart from weights and optimizer: a handful of values, JSON-able, versioned."""
+
+    step: int = 0
+    order_hash: str = ""
+    skipped: int = 0
+    seed: int = 0
+    tasks_digest: str = ""
+    collection_digest: str = ""
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `stopped_early` = a termination signal asked for it and a checkpoint was written."""
+
+    step: int
+    loss: float
+    stopped_early: bool
+
+
+def train(config: Config, runtime: Runtime) -> TrainResult:
+    """Train to `train.max_steps`, or until a termination signal; resumes as `run.resume` says.
+
+    Raises:
+        HermesError: any of the errors of `hermes_dist.errors`, always before or between steps.
+    """
+    stores, tasks, preprocessing = run_directory.open_stores(config)
+    fresh = TrainState(seed=config.run.seed, tasks_digest=tasks.digest, collection_digest=run_directory.collection_digest(stores))
+    if runtime.rank == 0:
+        run_directory.prepare(config, tasks, preprocessing, runtime.world_size)
+    runtime.barrier()
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, tasks)
+    transfer.initialise(model, config.train, tasks)
+    engine = Engine(model, config, runtime)
+    checkpointer = Checkpointer(config.run_dir, config.checkpoint, runtime)
+    state = _restore(checkpointer.load(engine, config.run.resume), fresh, config)
+    telemetry = Telemetry(config.run_dir, config.monitor, runtime.rank, runtime.world_size, config.run.name, state.step)
+    runtime.say(
+        f"{config.run_dir}: step {state.step} of {config.train.max_steps}, {len(tasks.datasets)} datasets, {tasks.n_tasks} tasks"
+    )
+    loss = float("nan")
+    try:
+        with open_stream(
+            config, stores, tasks, rank=runtime.rank, world_size=runtime.world_size, start_step=state.step, telemetry=telemetry
+        ) as stream:
+            for batch in stream:
+                loss = _one_step(engine, batch, state, config, tasks, runtime, telemetry)
+                if config.evaluate.every_steps and state.step % config.evaluate.every_steps == 0:
+                    evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
+                stop = runtime.stop_requested()
+                due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
+                if stop or due or state.step == config.train.max_steps:
+                    checkpointer.save(engine, asdict(state), state.step)
+                if stop or state.step == config.train.max_steps:
+                    break
+        checkpointer.finish()
+    finally:
+        telemetry.close()
+    return TrainResult(state.step, loss, stopped_early=state.step < config.train.max_steps)
+
+
+def _one_step(
+    engine: Engine, batch: StepBatch, state: TrainState, config: Config, tasks: TaskTable, runtime: Runtime, telemetry: Telemetry
+) -> float:
+    started = time.perf_counter()
+    lr = learning_rate(batch.step, config.train.max_steps, config.optimizer)
+    sums = LossSums.zeros(tasks.n_tasks, runtime.device)
+    loss_fn = StepLoss(config.loss, batch, sums, null_column=config.model.priors.padding == "attended")
+    stats = engine.step([b.to(runtime.device) for b in batch.micro_batches], loss_fn, lr)
+    total = LossSums.unpack(runtime.sum(sums.packed()))
+    seen = runtime.gather_int64(np.stack([batch.positions, batch.identities], axis=1).ravel())
+    rows = np.concatenate(seen).reshape(-1, 2)
+    state.order_hash = chain_hash(state.order_hash, rows[:, 0], rows[:, 1])
+    state.step = batch.step + 1
+    state.skipped += int(stats.skipped)
+    for event in batch.events:
+        telemetry.event({"step": batch.step, "rank": runtime.rank, **event})
+    row = _row(total, stats, batch, config, tasks) | {
+        "lr": lr,
+        "order_hash": state.order_hash,
+        "step_s": time.perf_counter() - started + batch.data_wait_s,
+    }
+    row["samples_per_s"] = len(rows) / max(row["step_s"], 1e-9)
+    telemetry.step(row)
+    if state.step % config.monitor.log_every == 0 or state.step == config.train.max_steps:
+        runtime.say(
+            f"step {state.step:>6}  loss {row['loss']:.4f}  dice loss {row['loss_dice']:.4f}  lr {lr:.2e}  "
+            f"{row['step_s']:.2f} s  data {row['data_wait_s'] / max(row['step_s'], 1e-9):.0%}"
+        )
+    if stats.skipped:
+        runtime.say(f"step {batch.step} skipped: NaN or Inf in loss or gradient; positions {rows[:, 0].min()}–{rows[:, 0].max()}")
+    if state.skipped > config.train.max_skipped:
+        raise NumericalError(
+            f"{state.skipped} steps had NaN or Inf in loss or gradient, more than train.max_skipped={config.train.max_skipped}; "
+            f"the last good checkpoint is in {config.run_dir / 'checkpoints'}; lower optimizer.lr or look at stream.jsonl for the cases"
+        )
+    return float(row["loss"])
+
+
+def _row(total: LossSums, stats: StepStats, batch: StepBatch, config: Config, tasks: TaskTable) -> dict[str, Any]:
+    """One line of metrics.jsonl: global means of the losses, per dataset too, and this rank's times in seconds."""
+    bce, dice, pairs, count = total.per_task.cpu()
+    n, samples = max(batch.pair_count, 1), max(batch.modality_count, 1)
+    modality = float(total.modality) / samples
+    datasets: dict[str, dict[str, float]] = {}
+    for dataset in tasks.datasets:
+        ids = list(dataset.task_ids)
+        if seen := float(count[ids].sum()):
+            datasets[dataset.name] = {"loss_bce": float(bce[ids].sum()) / seen, "loss_dice": float(dice[ids].sum()) / seen}
+    return {
+        "step": batch.step,
+        "position": (batch.step + 1) * config.train.global_batch,
+        "loss": float(pairs.sum()) / n + (config.loss.modality_weight or 0.0) * modality,
+        "loss_bce": float(bce.sum()) / n,
+        "loss_dice": float(dice.sum()) / n,
+        "loss_modality": modality,
+        "grad_norm": stats.grad_norm,
+        "skipped": int(stats.skipped),
+        "data_wait_s": batch.data_wait_s,
+        "wait_parts_s": batch.wait_parts_s,
+        "step_parts_s": stats.parts_s,
+        "datasets": datasets,
+    }
+
+
+def _restore(saved: dict[str, Any] | None, fresh: TrainState, config: Config) -> TrainState:
+    """The state to go on from. Raises CheckpointError if the checkpoint is of another task table, collection or seed."""
+    if saved is None:
+        return fresh
+    state = TrainState(**saved)
+    if state.tasks_digest != fresh.tasks_digest:
+        raise CheckpointError(
+            f"{config.run_dir}: the checkpoint was trained on another task table ({state.tasks_digest[:8]}) than data.stores "
+            f"declare now ({fresh.tasks_digest[:8]}); use launch/finetune.py to carry weights over to new tasks"
+        )
+    if state.collection_digest != fresh.collection_digest and not config.data.allow_changed_collection:
+        raise CheckpointError(
+            f"{config.run_dir}: the stores' content changed since the checkpoint ({state.collection_digest[:8]} → "
+            f"{fresh.collection_digest[:8]}), so the order of samples would change; "
+            "restore the stores, or accept it with data.allow_changed_collection=true (it is recorded)"
+        )
+    if state.seed != fresh.seed:
+        raise CheckpointError(
+            f"{config.run_dir}: the checkpoint was trained with run.seed={state.seed}, now {fresh.seed}; choose another run.name"
+        )
+    state.collection_digest = fresh.collection_digest
+    return state
