@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_AUTH_MODE ?= disabled
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test check bench schema
 
 setup: .venv/.ready
 
@@ -28,3 +28,6 @@ check: setup
 
 bench: setup
 	$(PY) -m pytest -m bench tests/bench
+
+schema: setup
+	$(PY) -c "import json; from hermes_dist.config import Config; print(json.dumps(Config.model_json_schema(), indent=1))" > configs/schema.json

@@ -332,6 +332,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         data = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not a readable JSON file: {error}") from None
+    data.pop("$schema", None)  # tells editors where configs/schema.json is
     for override in overrides:
         _set_dotted(data, override)
     return resolve(validate(data, source=str(path)))

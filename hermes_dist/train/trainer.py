@@ -122,7 +122,7 @@ def _one_step(
     if state.skipped > config.train.max_skipped:
         raise NumericalError(
             f"{state.skipped} steps had NaN or Inf in loss or gradient, more than train.max_skipped={config.train.max_skipped}; "
-            f"the last good checkpoint is in {config.run_dir / 'checkpoints'}; lower optimizer.lr or look at stream.jsonl for the cases"
+            f"the last good checkpoint is in {config.run_dir / 'checkpoints'}; lower optimizer.lr, or look at the skipped positions' cases"
         )
     return float(row["loss"])
 
