@@ -2,11 +2,13 @@
 
 The registry is private, so several runs in one process (tests, sweeps) do not meet. The endpoint binds to loopback unless
 told otherwise. `prometheus_targets.json` in the run directory lists the endpoints of all ranks for Prometheus' file_sd; each
-rank keeps its own entry under a file lock, which also works for ranks of several hosts on a shared file system.
+rank keeps its own entry under a file lock, which also works for ranks of several hosts on a shared file system. Prometheus
+allows a `*` in the last part of a path only, so `runs/.prometheus/RUN.json` links to the file of each run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -26,6 +28,7 @@ from hermes_dist.telemetry.metrics import METRICS, RUN_LABELS
 PUSH_EVERY_S = 15.0
 PUSH_LIMIT_S = 5.0
 TARGETS_FILE = "prometheus_targets.json"
+LINKS_DIR = ".prometheus"
 
 
 class Meters:
@@ -108,6 +111,7 @@ class TargetsFile:
     def register(self, address: str) -> None:
         """Write this rank's address; entries of ranks beyond the world size (an earlier, larger start) go."""
         self._update([{"targets": [address], "labels": {"target_rank": str(self._rank)}}])
+        self._link()
 
     def remove(self) -> None:
         """Take this rank's entry out, so that a finished run is not reported as down."""
@@ -127,6 +131,16 @@ class TargetsFile:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._path)
+
+    def _link(self) -> None:
+        folder = self._path.parent.absolute().parent / LINKS_DIR
+        folder.mkdir(exist_ok=True)
+        for link in folder.iterdir():
+            if not link.exists():  # its run was deleted; Prometheus would complain at every refresh
+                link.unlink(missing_ok=True)
+        link = folder / f"{self._path.absolute().parent.name}.json"
+        with contextlib.suppress(FileExistsError):  # another rank was faster, or the run is resumed
+            link.symlink_to(Path("..") / self._path.absolute().parent.name / TARGETS_FILE)
 
     def _read(self) -> list[dict[str, Any]]:
         return json.loads(self._path.read_text()) if self._path.is_file() else []

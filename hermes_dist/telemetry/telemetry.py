@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from hermes_dist.config import MonitorConfig
+from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry import rows
 from hermes_dist.telemetry.jsonl import JsonlFile
 from hermes_dist.telemetry.prometheus import Endpoint, Meters, Pusher, TargetsFile
@@ -73,6 +74,13 @@ class Telemetry:
         """Drop the rows of `next_step` and later, which are trained again, so that each step appears once. Call before `step`."""
         if self._metrics_file:
             self._metrics_file.keep_steps_before(next_step)
+
+    def declare(self, tasks: TaskTable) -> None:
+        """Start the counters of every dataset and class at zero, so that one that is never trained is seen to be silent."""
+        for dataset in tasks.datasets:
+            self.add("hermes_dataset_samples_total", 0, dataset=dataset.name)
+            for name in dataset.class_names:
+                self.add("hermes_pairs_total", 0, dataset=dataset.name, task=name)
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One finished step: a line of metrics.jsonl (rank 0) and the gauges. `rows` documents the keys; any other is welcome."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hermes_dist.config import MonitorConfig
+from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.jsonl import read_rows
 from hermes_dist.telemetry.metrics import METRICS
 from hermes_dist.telemetry.rows import scalars
@@ -164,10 +166,26 @@ def test_every_rank_is_in_the_discovery_file_until_it_closes(tmp_path: Path) -> 
     ranks = [open_telemetry(tmp_path, rank=r, world_size=2) for r in range(2)]
     entries = json.loads((tmp_path / "prometheus_targets.json").read_text())
     assert [(e["targets"], e["labels"]) for e in entries] == [([t.address], {"target_rank": str(r)}) for r, t in enumerate(ranks)]
+    link = tmp_path.parent / ".prometheus" / f"{tmp_path.name}.json"
+    assert json.loads(link.read_text()) == entries
     ranks[0].close()
     assert len(json.loads((tmp_path / "prometheus_targets.json").read_text())) == 1
     ranks[1].close()
     assert json.loads((tmp_path / "prometheus_targets.json").read_text()) == []
+
+
+def test_links_of_deleted_runs_go(tmp_path: Path) -> None:
+    for name in ("gone", "here"):
+        open_telemetry(tmp_path / name).close()
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    assert [link.name for link in (tmp_path / ".prometheus").iterdir()] == ["here.json"]
+
+
+def test_declared_classes_start_at_zero(telemetry: Telemetry) -> None:
+    telemetry.declare(TaskTable.build([("lits", "CT", "abdomen", [("liver", [1]), ("tumour", [2])], None)]))
+    values = scrape(telemetry)
+    assert values[("hermes_pairs_total", "lits", "tumour")] == 0
+    assert values[("hermes_dataset_samples_total", "lits")] == 0
 
 
 def test_minus_one_turns_the_endpoint_off(tmp_path: Path) -> None:
