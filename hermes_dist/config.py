@@ -249,6 +249,10 @@ class EvaluateConfig(Section):
     """Overlap of the sliding windows."""
     window_vox_zyx: Vox3 | None = None
     """Sliding window (default: the training patch)."""
+    window_weights: Literal["gaussian", "uniform"] = "gaussian"
+    """How overlapping windows are averaged (published: uniform)."""
+    window_batch: int = Field(default=1, ge=1)
+    """Windows per forward pass."""
     empty_reference: Literal["count", "nnunet", "skip"] = "count"
     """A class absent from a reference: `count` = Dice 1 if the prediction is empty too, else 0; `nnunet` = left out / 0;
     `skip` = Hermes as published (left out, so false positives are free)."""
