@@ -1,0 +1,243 @@
+"""Honest evaluation: whole scans of a split, every annotated class, missed structures counted, results with names and intervals.
+
+Scans come from the shard stores and are never cropped with the ground truth. Where the raw reference is at hand
+(`Job.references`), predictions are mapped back and scored on the scan's original grid; else on the stored grid, whose
+reference was resampled with the image. Each case says which (`grid`), and so does the policy.
+
+Cases are dealt out by `evaluate_queue`: any number of workers, no collective while they work, so uneven scans or a dead
+worker cannot hang the others. The model is a plain whole copy, also under ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from hermes_dist.config import Config
+from hermes_dist.errors import HermesError, UsageError, nearest
+from hermes_dist.parallel.engine import Engine
+from hermes_dist.parallel.runtime import Runtime
+from hermes_dist.seg import sliding_window
+from hermes_dist.seg.metrics import ClassScore, aggregate, score_case
+from hermes_dist.shards.manifest import ManifestRow
+from hermes_dist.shards.store import ShardStore
+from hermes_dist.tasks import DatasetTasks, TaskClass, TaskTable
+from hermes_dist.telemetry.telemetry import Telemetry
+from hermes_dist.train import predict
+from hermes_dist.train.evaluate_queue import WorkQueue
+from hermes_dist.train.evaluate_slices import save_slice
+from hermes_dist.train.run_directory import write_json
+from hermes_dist.volume.geometry import Placement
+
+Reference = Callable[[ManifestRow], npt.NDArray[np.integer[Any]] | None]
+"""The raw label map of a case on its original grid (array axes Z Y X), or None where it is not at hand."""
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is evaluated, apart from the model. `weights_digest` names the weights; `references` gives raw label maps."""
+
+    run_dir: Path
+    config: Config
+    stores: Sequence[ShardStore]
+    tasks: TaskTable
+    split: str
+    weights_digest: str
+    references: Reference | None = None
+    pictures: bool = True
+
+    @property
+    def out_dir(self) -> Path:
+        """`RUN/evaluation`."""
+        return self.run_dir / "evaluation"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan of the split: where it is, and what its dataset annotates."""
+
+    store: ShardStore
+    row: ManifestRow
+    dataset: DatasetTasks
+
+
+def find_cases(job: Job) -> list[Case]:
+    """All scans of the split (at most `evaluate.max_cases` a dataset), the largest first.
+
+    Raises:
+        UsageError: no store has a case in that split.
+    """
+    cases: list[Case] = []
+    for store in job.stores:
+        for dataset in store.collection.tasks.datasets:
+            for index in store.manifest.rows(dataset.name, job.split)[: job.config.evaluate.max_cases]:
+                row = store.manifest.row(int(index))
+                cases.append(Case(store, row, job.tasks.dataset(dataset.name)))
+    if not cases:
+        known = sorted({s for store in job.stores for s in store.manifest.splits})
+        raise UsageError(
+            f"split {job.split!r} has no case in {len(job.stores)} store(s); known: {known}.{nearest(job.split, known)}"
+        )
+    return sorted(cases, key=lambda c: (-int(np.prod(c.row.shape_vox_zyx)) * len(c.dataset.classes), c.row.name))
+
+
+def evaluate(
+    model: nn.Module, job: Job, runtime: Runtime | None = None, *, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    """Score a split and write `evaluation/<split>.json`; the result on rank 0, None elsewhere.
+
+    Every rank calls it with its own whole copy of the model in evaluation mode. A scan that cannot be read or predicted is
+    listed under `failed` with its reason, and the others go on.
+
+    Raises:
+        UsageError: the split is empty.
+    """
+    rank = runtime.rank if runtime else 0
+    cases = find_cases(job)
+    queue = WorkQueue(job.out_dir / f".work-{job.split}-{job.weights_digest}", len(cases))
+    if rank == 0:
+        queue.prepare()
+    if runtime:
+        runtime.barrier()
+    done = 0
+
+    def compute(index: int) -> dict[str, Any]:
+        nonlocal done
+        result = _score_or_explain(model, job, cases[index])
+        done += 1
+        if progress:
+            progress(done, len(cases), cases[index].row.name)
+        return result
+
+    queue.work(compute, worker=rank)
+    if rank:
+        return None
+    result = _summary(job, cases, queue.results())
+    write_json(job.out_dir / f"{job.split}.json", result)
+    queue.remove()
+    return result
+
+
+def evaluate_during_training(
+    engine: Engine,
+    config: Config,
+    stores: Sequence[ShardStore],
+    tasks: TaskTable,
+    runtime: Runtime,
+    telemetry: Telemetry,
+    step: int,
+) -> None:
+    """Evaluate `evaluate.split` with the averaged weights; adds a line to `evaluation/history.jsonl` and sets the gauges."""
+    started = time.perf_counter()
+    weights = engine.averaged_weights()
+    model = predict.load_model(config, tasks, weights, runtime.device, source=f"step {step}")
+    job = Job(
+        config.run_dir, config, stores, tasks, config.evaluate.split, f"step{step}-{predict.digest(weights)}", pictures=False
+    )
+    result = evaluate(model, job, runtime)
+    if result is None:
+        return
+    seconds = time.perf_counter() - started
+    row = {
+        "step": step,
+        "split": job.split,
+        "seconds": round(seconds, 3),
+        "mean": result["mean"],
+        "per_dataset": result["per_dataset"],
+    }
+    with open(job.out_dir / "history.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _export(telemetry, result, seconds)
+    mean = result["mean"]["dice"]
+    runtime.say(f"step {step}: mean Dice on {job.split} {'–' if mean is None else format(mean, '.3f')} in {seconds:.0f} s")
+
+
+def class_mask(label: npt.NDArray[np.integer[Any]], task: TaskClass) -> npt.NDArray[np.bool_]:
+    """Voxels of a label map that belong to a class (a region has several values)."""
+    if len(task.values) == 1:
+        return label == task.values[0]
+    return np.isin(label, task.values)
+
+
+def _score_or_explain(model: nn.Module, job: Job, case: Case) -> dict[str, Any]:
+    try:
+        return {"scores": [s.to_json() for s in score_scan(model, job, case)]}
+    except HermesError as error:
+        return {"failed": {"dataset": case.dataset.name, "case_id": case.row.case_id, "reason": str(error)}}
+
+
+def score_scan(model: nn.Module, job: Job, case: Case) -> list[ClassScore]:
+    """Predict one whole scan and score each of its dataset's classes."""
+    image, stored_label = case.store.read_case(case.row)
+    config = job.config
+    asked = predict.model_fn(model, config, job.tasks, case.dataset, modality=case.row.modality)
+    parts = sliding_window.slabs(asked, image, window=predict.window(config), **predict.windows(config.evaluate))
+    raw_label = job.references(case.row) if job.references else None
+    if raw_label is None:
+        packed = sliding_window.packed_masks(parts, image.shape[0], predict.THRESHOLD)
+        grid, spacing, label = "stored", case.row.spacing_mm_zyx, stored_label
+
+        def prediction(column: int) -> npt.NDArray[np.bool_]:
+            return sliding_window.unpacked(packed, column)
+    else:
+        levels = sliding_window.quantised(parts, image.shape[0])
+        placement = Placement.from_json(json.loads(case.row.placement))
+        grid, spacing, label = "original", placement.original.spacing_mm_zyx, raw_label
+
+        def prediction(column: int) -> npt.NDArray[np.bool_]:
+            return predict.restored_mask(levels[column], placement)
+
+    ignore = case.dataset.ignore_value
+    valid = None if ignore is None else label != ignore
+    scores: list[ClassScore] = []
+    for column, task in enumerate(case.dataset.classes):
+        score = score_case(
+            prediction(column), class_mask(label, task), spacing, tolerance_mm=config.evaluate.nsd_tolerance_mm, valid=valid
+        )
+        scores.append(ClassScore(case.dataset.name, case.row.case_id, task.name, task.task_id, grid, score))
+    if job.pictures and grid == "stored":
+        masks = [(t.name, prediction(i), class_mask(label, t)) for i, t in enumerate(case.dataset.classes)]
+        save_slice(job.out_dir / f"{job.split}.slices", case.row.name, image, masks, case.row.spacing_mm_zyx)
+    return scores
+
+
+def _summary(job: Job, cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    scores = [ClassScore.from_json(s) for row in rows for s in row.get("scores", ())]
+    order = {d.name: i for i, d in enumerate(job.tasks.datasets)}
+    scores.sort(key=lambda s: (order[s.dataset], s.case_id))
+    result = aggregate(scores, job.config.evaluate)
+    grids = {grid: len({(s.dataset, s.case_id) for s in scores if s.grid == grid}) for grid in ("original", "stored")}
+    result["policy"] |= {
+        "threshold": predict.THRESHOLD,
+        "window_vox_zyx": list(predict.window(job.config)),
+        "overlap": job.config.evaluate.overlap,
+        "window_weights": job.config.evaluate.window_weights,
+        "cases_by_grid": grids,
+        "grid": "original: the scan's own grid and raw reference; stored: the resampled grid and the reference resampled with it",
+    }
+    failed = [row["failed"] for row in rows if "failed" in row]
+    about = {"split": job.split, "weights": job.weights_digest, "n_cases": len(cases)}
+    return about | result | {"failed": failed, "cases": [s.to_json() for s in scores]}
+
+
+def _export(telemetry: Telemetry, result: dict[str, Any], seconds: float) -> None:
+    names = {"hermes_dice_ratio": "dice", "hermes_nsd_ratio": "nsd", "hermes_hd95_millimeters": "hd95_mm"}
+    for row in result["per_class"]:
+        for metric, key in names.items():
+            if row[key] is not None:
+                telemetry.set(metric, row[key], split=result["split"], dataset=row["dataset"], task=row["task"])
+    if result["mean"]["dice"] is not None:
+        telemetry.set("hermes_mean_dice_ratio", result["mean"]["dice"], split=result["split"])
+    telemetry.observe("hermes_evaluation_duration_seconds", seconds)
