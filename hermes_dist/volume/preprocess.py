@@ -43,7 +43,7 @@ class Preprocessing(BaseModel):
     """Crop away air around the body, by a rule that looks at the image alone."""
     body_margin_mm: float = Field(default=10.0, ge=0)
     """Air kept around the body."""
-    image_dtype: Literal["float16", "int16", "float32"] = "float16"
+    image_dtype: Literal["int16", "float16", "float32"] = "int16"
     """How normalised images are stored."""
 
 
