@@ -1,0 +1,297 @@
+"""Checkpoints: complete or invisible, written while training goes on, readable by any world size and ZeRO stage.
+
+    RUN/checkpoints/step_00001000/checkpoint.json         state of the caller, shapes, table of pieces, size and CRC-32 per file
+                                 /rank_00000.safetensors  what rank 0 owned (see fragments.py)
+    RUN/checkpoints/latest                                name of the newest complete one
+
+A directory is written under a hidden temporary name by all ranks, and renamed by rank 0 once every file is on the disk, so a
+kill at any instant leaves the previous checkpoint in force. Ranks tell each other through files in that directory: the writer
+threads need no collectives, which training uses meanwhile. It follows that all ranks must see one file system.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hermes_dist.config import CheckpointConfig
+from hermes_dist.errors import CheckpointError, HermesError
+from hermes_dist.parallel.engine import Engine
+from hermes_dist.parallel.fragments import (
+    Fragment,
+    FragmentReader,
+    measure_file,
+    sync_directory,
+    write_bytes,
+    write_tensors,
+)
+from hermes_dist.parallel.runtime import Runtime
+from hermes_dist.parallel.snapshot import Snapshot, restore_random, restore_snapshot, take_snapshot
+
+FORMAT = 1
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint directory that was renamed into place, with its parsed index."""
+
+    path: Path
+    index: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Global step after which it was written."""
+        return int(self.index["step"])
+
+    def reader(self) -> FragmentReader:
+        """Reader of its pieces."""
+        return FragmentReader(self.path, {f: [Fragment(*row) for row in e["fragments"]] for f, e in self.index["files"].items()})
+
+    def damaged_files(self, part: int = 0, parts: int = 1) -> list[str]:
+        """Names of files, among every `parts`-th, whose size or checksum does not match."""
+        bad: list[str] = []
+        for name, entry in sorted(self.index["files"].items())[part::parts]:
+            file = self.path / name
+            if not file.is_file() or measure_file(file) != {"bytes": entry["bytes"], "crc32": entry["crc32"]}:
+                bad.append(name)
+        return bad
+
+
+def list_checkpoints(run_dir: Path) -> list[Stored]:
+    """Complete checkpoints of a run, newest first. One whose index cannot be read is reported on stderr and left out."""
+    found: list[Stored] = []
+    for path in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            found.append(open_checkpoint(path))
+        except CheckpointError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+    return found
+
+
+def open_checkpoint(path: Path) -> Stored:
+    """Read a checkpoint's index. Raises CheckpointError if it is missing, unreadable, or of another format version."""
+    try:
+        index = json.loads((path / "checkpoint.json").read_bytes())
+        version = index["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no readable checkpoint ({error}); expected a directory with checkpoint.json") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {version}; this version reads format {FORMAT}")
+    return Stored(path, index)
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one run. All methods are collective: every rank calls them."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, runtime: Runtime) -> None:
+        self._root, self._run_dir = run_dir / "checkpoints", run_dir
+        self._config, self._runtime = config, runtime
+        self._thread: threading.Thread | None = None
+        self._error: HermesError | OSError | None = None
+        self.last_written: Path | None = None
+        """The newest checkpoint that this process wrote to the end (rank 0)."""
+
+    def save(self, engine: Engine, state: dict[str, Any], step: int) -> None:
+        """Write a checkpoint of `engine` and the JSON-able `state` of the caller, as `step_{step:08d}`.
+
+        With `checkpoint.background` it returns once a snapshot is taken; `finish` or the next `save` waits for the file.
+
+        Raises:
+            CheckpointError: the previous write failed, or the other ranks did not finish theirs in time.
+        """
+        self.finish()
+        token = self._runtime.broadcast_int(secrets.randbits(40))
+        temporary = self._root / f".tmp-step_{step:08d}-{token:010x}"
+        if self._runtime.rank == 0:
+            temporary.mkdir(parents=True)
+        snapshot = take_snapshot(engine, copy=self._config.background)
+        self._runtime.barrier()
+        job = threading.Thread(target=self._write, args=(temporary, snapshot, state, step), name="checkpoint")
+        self._thread = job
+        job.start()
+        if not self._config.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is complete on the disk. Raises CheckpointError if it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise CheckpointError(f"{self._root}: the checkpoint could not be written: {error}") from error
+
+    def load(self, engine: Engine, resume: str = "auto") -> dict[str, Any] | None:
+        """Restore `engine` and return the caller's state.
+
+        Args:
+            engine: an engine of the same model, under any world size and ZeRO stage.
+            resume: `auto` (newest complete and undamaged checkpoint of the run, None if there is none), `never`, or a path.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model, or all that exist are damaged.
+        """
+        if resume == "never":
+            return None
+        if resume == "auto":
+            candidates = list_checkpoints(self._run_dir)
+        else:
+            candidates = [open_checkpoint(Path(resume))]
+        for stored in candidates:
+            if self._is_sound(stored):
+                return self._restore(engine, stored)
+        if candidates:
+            raise CheckpointError(
+                f"{self._root}: none of {len(candidates)} checkpoints is undamaged. Restore one from a backup, name one with "
+                "run.resume=PATH, or start anew with run.resume=never"
+            )
+        return None
+
+    def _is_sound(self, stored: Stored) -> bool:
+        bad = stored.damaged_files(self._runtime.rank, self._runtime.world_size)
+        for name in bad:
+            print(f"warning: {stored.path / name} is damaged (size or checksum); trying the previous checkpoint", file=sys.stderr)
+        return int(self._runtime.sum(torch.tensor([len(bad)]))[0]) == 0
+
+    def _restore(self, engine: Engine, stored: Stored) -> dict[str, Any]:
+        index = stored.index
+        reader = stored.reader()
+        restore_snapshot(engine, reader, index["common"], str(stored.path))
+        buffers = read_extra(stored, "rank_00000.safetensors", "buffer")
+        for name, buffer in engine.module.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+        if index["world_size"] == self._runtime.world_size:
+            restore_random(engine, read_extra(stored, f"rank_{self._runtime.rank:05d}.safetensors", "random"))
+        else:
+            # Another world has no generator of ours; one that depends on step and rank keeps runs repeatable.
+            torch.manual_seed((stored.step << 20) + self._runtime.rank)
+        self._runtime.barrier()
+        return index["state"]
+
+    def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int) -> None:
+        try:
+            name = f"rank_{self._runtime.rank:05d}.safetensors"
+            entry: dict[str, Any] = dict(write_tensors(temporary / name, snapshot.tensors))
+            entry["fragments"] = [f.to_json() for f in snapshot.fragments]
+            write_bytes(temporary / f"{name}.json", json.dumps(entry).encode())
+            if self._runtime.rank == 0:
+                self._commit(temporary, snapshot.common, state, step)
+        except (HermesError, OSError) as error:
+            self._error = error
+
+    def _commit(self, temporary: Path, common: dict[str, Any], state: dict[str, Any], step: int) -> None:
+        names = [f"rank_{rank:05d}.safetensors" for rank in range(self._runtime.world_size)]
+        files = {name: _await_json(temporary / f"{name}.json", self._runtime.limit_s) for name in names}
+        index = {
+            "format": FORMAT,
+            "step": step,
+            "time": time.time(),
+            "world_size": self._runtime.world_size,
+            "common": common,
+            "state": state,
+            "files": files,
+        }
+        write_bytes(temporary / "checkpoint.json", json.dumps(index).encode())
+        for name in names:
+            (temporary / f"{name}.json").unlink()
+        sync_directory(temporary)
+        final = self._root / f"step_{step:08d}"
+        if final.exists():
+            # A damaged or older one of the same step: set aside first, since a directory cannot be replaced in one go.
+            final.rename(self._root / f".tmp-old-{secrets.token_hex(5)}")
+        temporary.rename(final)
+        sync_directory(self._root)
+        write_bytes(self._root / "latest", f"{final.name}\n".encode())
+        self.last_written = final
+        prune(self._root, self._config)
+
+
+def prune(root: Path, config: CheckpointConfig) -> None:
+    """Delete leftovers of killed writers, and complete checkpoints beyond `keep` and `keep_every_hours`."""
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    complete: list[Stored] = []
+    for path in sorted(root.glob("step_*")):
+        try:
+            complete.append(open_checkpoint(path))
+        except CheckpointError:
+            continue  # reported, and left for a person to look at, wherever checkpoints are listed
+    best = (root / "best").read_text().strip() if (root / "best").is_file() else None
+    kept_time = float("-inf")
+    for stored in complete[: -config.keep]:
+        hourly = config.keep_every_hours is not None and stored.index["time"] - kept_time >= config.keep_every_hours * 3600
+        if hourly:
+            kept_time = stored.index["time"]
+        elif stored.path.name != best:
+            shutil.rmtree(stored.path)
+
+
+def mark_best(run_dir: Path, step: int) -> None:
+    """Spare the checkpoint of `step` from pruning (rank 0 calls it, after an evaluation)."""
+    write_bytes(run_dir / "checkpoints" / "best", f"step_{step:08d}\n".encode())
+
+
+def read_extra(stored: Stored, file: str, kind: str) -> dict[str, Tensor]:
+    """Whole tensors `kind/name` of one file, by name."""
+    return {k.partition("/")[2]: v for k, v in load_file(stored.path / file).items() if k.startswith(f"{kind}/")}
+
+
+def read_weights(run_dir: Path, ema: bool = True) -> dict[str, Tensor]:
+    """Whole weights of a run on the CPU, named as in the model's state dict.
+
+    Args:
+        run_dir: a run directory (its newest undamaged checkpoint, else its `weights.safetensors`), one checkpoint's directory,
+            or a safetensors file.
+        ema: the averaged weights where the run kept them.
+
+    Raises:
+        CheckpointError: there is nothing to read, or all of it is damaged.
+    """
+    if run_dir.is_file():
+        return load_file(run_dir)
+    candidates = [open_checkpoint(run_dir)] if (run_dir / "checkpoint.json").is_file() else list_checkpoints(run_dir)
+    for stored in candidates:
+        bad = stored.damaged_files()
+        if not bad:
+            return _assemble(stored, ema=ema)
+        print(f"warning: {stored.path / bad[0]} is damaged (size or checksum); trying the previous checkpoint", file=sys.stderr)
+    if (run_dir / "weights.safetensors").is_file():
+        return load_file(run_dir / "weights.safetensors")
+    raise CheckpointError(
+        f"{run_dir}: no undamaged checkpoint in checkpoints/ and no weights.safetensors; train it first, or name another run"
+    )
+
+
+def _assemble(stored: Stored, *, ema: bool) -> dict[str, Tensor]:
+    reader = stored.reader()
+    weights: dict[str, Tensor] = {}
+    for name, shape in stored.index["common"]["shapes"].items():
+        whole = torch.empty(shape)
+        reader.read_into(whole.view(-1), "ema" if ema and reader.has("ema", name) else "param", name, 0)
+        weights[name] = whole
+    return {**weights, **read_extra(stored, "rank_00000.safetensors", "buffer")}
+
+
+def _await_json(path: Path, limit_s: float) -> dict[str, Any]:
+    deadline = time.monotonic() + limit_s
+    while True:
+        if path.is_file():
+            return json.loads(path.read_bytes())
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{path.parent}: {path.name} did not appear within {limit_s:.0f} s; do all ranks see this file system?"
+            )
+        time.sleep(_POLL_S)

@@ -1,0 +1,254 @@
+"""One training step over all ranks: DeepSpeed moves gradients and parameters, this file says what they mean.
+
+The only door to DeepSpeed. It is imported when an engine is made, not with this module: the import takes seconds and picks the
+accelerator on the spot. The loss handed in is already a share of the global mean, so gradients are summed over ranks and
+micro-batches: DeepSpeed's averaging is undone. A step whose loss or gradient is not finite changes nothing on any rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hermes_dist.config import Config
+from hermes_dist.parallel.ds_config import build_ds_config, zero_stage
+from hermes_dist.parallel.ema import Ema
+from hermes_dist.parallel.lamb import Lamb
+from hermes_dist.parallel.partition import Partition, describe_partition
+from hermes_dist.parallel.runtime import Runtime
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did. `grad_norm` is the global norm before clipping (inf where the step was skipped)."""
+
+    grad_norm: float
+    skipped: bool
+    parts_s: dict[str, float] = field(default_factory=dict)
+
+
+class _LossModule(nn.Module):
+    """What DeepSpeed wraps: model and loss in one forward pass, so that it sees one scalar whatever the model returns."""
+
+    def __init__(self, model: nn.Module, device_type: str, *, bf16: bool, cache: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._device_type, self._bf16, self._cache = device_type, bf16, cache
+
+    def forward(self, loss_fn: LossFn, batch: Any) -> Tensor:
+        if not self._bf16:
+            return loss_fn(self.model, batch)
+        # With partitioned weights (stage 3) the cache would keep a bf16 copy of every gathered weight alive.
+        with torch.autocast(self._device_type, torch.bfloat16, cache_enabled=self._cache):
+            return loss_fn(self.model, batch)
+
+
+class Engine:
+    """A model under DeepSpeed with our optimizer, clipping, guard and average of the weights.
+
+    `module` is the model itself; under stage 3 its parameters are gathered while its forward pass runs.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
+        """Raises ConfigError where the `deepspeed` section contradicts the others (see ds_config)."""
+        ds_config = build_ds_config(config, runtime.world_size)
+        self.config, self.runtime, self.stage = config, runtime, zero_stage(config)
+        model.to(runtime.device)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        self._base = make_optimizer([p for p in model.parameters() if p.requires_grad], config)
+        wrapped = _LossModule(model, runtime.device.type, bf16=config.train.precision == "bf16", cache=self.stage < 3)
+        self._ds = _initialize(wrapped, self._base, ds_config)
+        self.partition: Partition = describe_partition(model, self._ds.optimizer, self.stage, shapes)
+        if isinstance(self._base, Lamb):
+            self._base.bind(self.partition)
+        self.ema = Ema(self.partition, config.train.ema.decay) if config.train.ema.enabled else None
+        self.steps = 0
+        self.skipped_steps = 0
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self._ds.module.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over this rank's buffers; its state is keyed by `partition.buffers[i].key`."""
+        return self._base
+
+    def step(self, micro_batches: Sequence[Any], loss_fn: LossFn, lr: float) -> StepStats:
+        """One update from the sum of `loss_fn` over all ranks' micro-batches.
+
+        Args:
+            micro_batches: this rank's part, the same number on every rank.
+            loss_fn: `(module, batch) -> scalar`, normalised by global counts.
+            lr: learning rate of this step.
+
+        Returns:
+            The statistics; `skipped` is the same on every rank.
+
+        Raises:
+            WaitTimeoutError: a collective reached `train.step_limit_s`, or a peer died; names rank, step and operation.
+        """
+        for group in self._base.param_groups:
+            group["lr"] = lr
+        clock = _Clock(self.runtime.device)
+        self.runtime.begin_vote()
+        try:
+            for index, batch in enumerate(micro_batches):
+                self._accumulate(batch, loss_fn, index, last=index == len(micro_batches) - 1, clock=clock)
+            stats = self._update(clock)
+            self.runtime.end_vote()
+        except RuntimeError as error:
+            raise self.runtime.explain(error, "step") from error
+        finally:
+            self.runtime.watchdog.beat(self.steps, None)
+        return stats
+
+    def _accumulate(self, batch: Any, loss_fn: LossFn, index: int, *, last: bool, clock: _Clock) -> None:
+        beat = self.runtime.watchdog.beat
+        beat(self.steps, f"forward of micro-batch {index}")
+        self._ds.set_gradient_accumulation_boundary(last)
+        with clock("forward"):
+            loss = self._ds(loss_fn, batch)
+        # A loss that is not finite poisons every gradient, so that the norm tells all ranks (no synchronisation here).
+        loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        beat(self.steps, f"backward of micro-batch {index}")
+        with clock("backward"):
+            # DeepSpeed averages over ranks: undo it. scale_wrt_gas=False: it does not divide by the accumulation steps.
+            self._ds.backward(loss * self.runtime.world_size, scale_wrt_gas=False)
+
+    def _update(self, clock: _Clock) -> StepStats:
+        self.runtime.watchdog.beat(self.steps, "optimizer step")
+        with clock("optimizer"):
+            norm = self._update_replicated() if self.stage == 0 else self._update_partitioned()
+            skipped = not norm < float("inf")
+            if not skipped and self.ema is not None:
+                self.ema.update()
+        self.steps += 1
+        self.skipped_steps += skipped
+        return StepStats(float("inf") if skipped else norm, skipped, clock.parts_s())
+
+    def _update_replicated(self) -> float:
+        """Stage 0: norm, guard and clipping are ours. A parameter without gradient counts as gradient 0, as under ZeRO."""
+        params = [b.key for b in self.partition.buffers]
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        total = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        norm = float(total)
+        if norm < float("inf"):
+            if self.config.optimizer.clip_norm > 0:
+                nn.utils.clip_grads_with_norm_(params, self.config.optimizer.clip_norm, total)
+        else:
+            for p in params:
+                p.grad = None
+        self._ds.step()
+        return norm
+
+    def _update_partitioned(self) -> float:
+        """Stages 1 to 3: DeepSpeed's optimizer reduces the norm, skips on every rank if it is not finite, and clips."""
+        self._ds.step()
+        if self._ds.optimizer.overflow:
+            return float("inf")
+        return float(self._ds.get_global_grad_norm())
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Whole averaged weights (the plain ones without EMA) as a CPU state dict, on every rank. Collective."""
+        return self.gather_weights(averaged=True)
+
+    def gather_weights(self, *, averaged: bool) -> dict[str, Tensor]:
+        """Whole parameters and buffers by name, on the CPU of every rank. Collective."""
+        average = self.ema.averages if averaged and self.ema is not None else [b.master for b in self.partition.buffers]
+        pieces: dict[str, list[tuple[int, Tensor]]] = {}
+        for buffer, flat in zip(self.partition.buffers, average, strict=True):
+            for s in buffer.segments:
+                pieces.setdefault(s.name, []).append((s.start, flat[s.flat_start : s.flat_start + s.length]))
+        for buffer in self.partition.frozen:
+            for s in buffer.segments:
+                pieces.setdefault(s.name, []).append((s.start, buffer.master[s.flat_start : s.flat_start + s.length]))
+        frozen = {s.name for b in self.partition.frozen for s in b.segments}
+        whole = {name: self._assemble(name, pieces.get(name, []), name in frozen) for name in self.partition.shapes}
+        buffers = {name: b.detach().cpu().clone() for name, b in self.module.named_buffers()}
+        return {**whole, **{n: b for n, b in buffers.items() if n in self.module.state_dict()}}
+
+    def _assemble(self, name: str, pieces: list[tuple[int, Tensor]], frozen: bool) -> Tensor:
+        """Sum of zero-padded pieces over ranks: exact, since each element has one owner (or the sum is not needed)."""
+        shape = self.partition.shapes[name]
+        whole = torch.zeros(shape.numel())
+        for start, piece in pieces:
+            whole[start : start + piece.numel()] = piece.detach().float().cpu()
+        if not (self.partition.replicated or (frozen and self.stage < 3)):
+            self.runtime.sum(whole)
+        return whole.view(shape)
+
+
+def make_optimizer(params: Sequence[Tensor], config: Config) -> torch.optim.Optimizer:
+    """The configured optimizer over `params`, in one group: the formulas that every stage and the single-process tests share."""
+    section = config.optimizer
+    if section.name == "lamb":
+        return Lamb(params, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
+    return torch.optim.AdamW(
+        params, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, foreach=False
+    )
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
+    with warnings.catch_warnings():
+        # DeepSpeed's import and set-up warn about operators that are not compiled here; we use none of them.
+        warnings.simplefilter("ignore")
+        deepspeed = importlib.import_module("deepspeed")
+        # On CPU its process group would compile a shared-memory kernel, which only its inference path uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logger = logging.getLogger("DeepSpeed")
+        # It warns that it has not tested our optimizer under ZeRO; our tests have.
+        logger.setLevel(logging.ERROR)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        logger.setLevel(logging.WARNING)
+    # torch 2.13 renames collectives that DeepSpeed calls in every step; nothing that a person could do about it.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    return engine
+
+
+class _Clock:
+    """Seconds per part of a step. On CUDA events are recorded, and read after the norm has synchronised anyway."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._name, self._begin = "", None
+
+    def __call__(self, name: str) -> _Clock:
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._begin = self._now()
+
+    def __exit__(self, *_: object) -> None:
+        self._spans.append((self._name, self._begin, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def parts_s(self) -> dict[str, float]:
+        parts: dict[str, float] = {}
+        if self._cuda and self._spans:
+            self._spans[-1][2].synchronize()
+        for name, begin, end in self._spans:
+            seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            parts[name] = parts.get(name, 0.0) + seconds
+        return parts
