@@ -15,7 +15,6 @@ from hermes_dist.parallel import runtime
 from hermes_dist.train.trainer import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-REQUEUE = 75  # EX_TEMPFAIL: a recipe requeues a job that ends with it
 
 
 def main() -> int:
@@ -31,7 +30,7 @@ def main() -> int:
             result = train(config, session)
         finally:
             session.close()
-    return REQUEUE if result.stopped_early else 0
+    return runtime.EXIT_REQUEUE if result.stopped_early else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ those of one process with the whole batch whatever the world size, the micro-bat
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from hermes_dist.config import LossConfig
 from hermes_dist.models.output import ModelOutput
 from hermes_dist.seg.losses import pair_losses
 from hermes_dist.stream.batch import Batch, StepBatch
+from hermes_dist.train.record import LossSums
 
 
 def ask(module: nn.Module, image: Tensor, task_ids: Tensor, modality_ids: Tensor, *, null_column: bool) -> ModelOutput:
@@ -31,34 +31,6 @@ def ask(module: nn.Module, image: Tensor, task_ids: Tensor, modality_ids: Tensor
     output: ModelOutput = module(image, functional.pad(task_ids, (0, 1), value=-1), modality_ids)
     aux = None if output.aux_logits is None else output.aux_logits[:, :columns]
     return ModelOutput(output.mask_logits[:, :columns], aux, output.modality_logits)
-
-
-@dataclass
-class LossSums:
-    """Sums over this rank's pairs, accumulated over micro-batches; rows are BCE, overlap, auxiliary, count, modality.
-
-    One float64 tensor of shape (4, K) for per-task sums and one of shape (1,) for the modality loss, so that one small
-    all-reduce a step brings every logged loss, per task, to all ranks.
-    """
-
-    per_task: Tensor
-    modality: Tensor
-
-    @staticmethod
-    def zeros(n_tasks: int, device: torch.device) -> LossSums:
-        """Empty sums for K = `n_tasks` tasks."""
-        return LossSums(
-            torch.zeros(4, n_tasks, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.float64, device=device)
-        )
-
-    def packed(self) -> Tensor:
-        """All sums in one vector of 4K + 1 values."""
-        return torch.cat([self.per_task.flatten(), self.modality])
-
-    @staticmethod
-    def unpack(vector: Tensor) -> LossSums:
-        """Inverse of `packed`."""
-        return LossSums(vector[:-1].reshape(4, -1), vector[-1:])
 
 
 class StepLoss:
@@ -90,15 +62,9 @@ class StepLoss:
                 output.modality_logits.float(), batch.modality_targets, ignore_index=-1, reduction="sum"
             )
             loss = loss + self._config.modality_weight * modality / max(self._batch.modality_count, 1)
-        self._log(batch, torch.stack([bce, dice, pairs]).detach(), modality.detach())
+        self._sums.add(batch.dataset_ids, mask, torch.stack([bce, dice, pairs]).detach())
+        self._sums.modality += modality.detach().double()
         return loss
-
-    @torch.no_grad()
-    def _log(self, batch: Batch, losses: Tensor, modality: Tensor) -> None:
-        mask, ids = batch.pair_mask, batch.task_ids
-        values = torch.cat([losses[:, mask].double(), torch.ones(1, int(mask.sum()), dtype=torch.float64, device=mask.device)])
-        self._sums.per_task.index_add_(1, ids[mask], values)
-        self._sums.modality += modality.double()
 
 
 def chain_hash(previous: str, positions: np.ndarray, identities: np.ndarray) -> str:

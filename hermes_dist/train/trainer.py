@@ -13,7 +13,7 @@ from hermes_dist.config import Config
 from hermes_dist.errors import CheckpointError, NumericalError
 from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import Checkpointer
-from hermes_dist.parallel.engine import Engine, StepStats
+from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.stream.batch import StepBatch
 from hermes_dist.stream.loader import open_stream
@@ -21,8 +21,9 @@ from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
 from hermes_dist.train import run_directory, transfer
 from hermes_dist.train.evaluate import evaluate_during_training
+from hermes_dist.train.record import LossSums, StepRecord
 from hermes_dist.train.schedule import learning_rate
-from hermes_dist.train.step import LossSums, StepLoss, chain_hash
+from hermes_dist.train.step import StepLoss, chain_hash
 
 
 @dataclass
@@ -64,7 +65,11 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     engine = Engine(model, config, runtime)
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, runtime)
     state = _restore(checkpointer.load(engine, config.run.resume), fresh, config)
-    telemetry = Telemetry(config.run_dir, config.monitor, runtime.rank, runtime.world_size, config.run.name, state.step)
+    telemetry = Telemetry(config.run_dir, config.monitor, runtime.rank, runtime.world_size, config.run.name)
+    telemetry.resume(state.step)
+    telemetry.declare(tasks)
+    telemetry.set("hermes_max_steps", config.train.max_steps)
+    telemetry.set("hermes_parameters", sum(p.numel() for p in model.parameters() if p.requires_grad))
     runtime.say(
         f"{config.run_dir}: step {state.step} of {config.train.max_steps}, {len(tasks.datasets)} datasets, {tasks.n_tasks} tasks"
     )
@@ -77,7 +82,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                 loss = _one_step(engine, batch, state, config, tasks, runtime, telemetry)
                 if config.evaluate.every_steps and state.step % config.evaluate.every_steps == 0:
                     evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
-                stop = runtime.stop_requested()
+                stop = runtime.stop_requested
                 due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
                 if stop or due or state.step == config.train.max_steps:
                     checkpointer.save(engine, asdict(state), state.step)
@@ -94,63 +99,43 @@ def _one_step(
 ) -> float:
     started = time.perf_counter()
     lr = learning_rate(batch.step, config.train.max_steps, config.optimizer)
-    sums = LossSums.zeros(tasks.n_tasks, runtime.device)
+    sums = LossSums.zeros(tasks, runtime.device)
     loss_fn = StepLoss(config.loss, batch, sums, null_column=config.model.priors.padding == "attended")
     stats = engine.step([b.to(runtime.device) for b in batch.micro_batches], loss_fn, lr)
-    total = LossSums.unpack(runtime.sum(sums.packed()))
-    seen = runtime.gather_int64(np.stack([batch.positions, batch.identities], axis=1).ravel())
-    rows = np.concatenate(seen).reshape(-1, 2)
-    state.order_hash = chain_hash(state.order_hash, rows[:, 0], rows[:, 1])
+    total = sums.unpack(runtime.sum(sums.packed()))
+    samples = np.concatenate(runtime.gather_int64(np.stack([batch.positions, batch.identities], axis=1).ravel())).reshape(-1, 2)
+    state.order_hash = chain_hash(state.order_hash, samples[:, 0], samples[:, 1])
     state.step = batch.step + 1
     state.skipped += int(stats.skipped)
     for event in batch.events:
-        telemetry.event({"step": batch.step, "rank": runtime.rank, **event})
-    row = _row(total, stats, batch, config, tasks) | {
-        "lr": lr,
-        "order_hash": state.order_hash,
-        "step_s": time.perf_counter() - started + batch.data_wait_s,
-    }
-    row["samples_per_s"] = len(rows) / max(row["step_s"], 1e-9)
+        telemetry.event({"step": batch.step, **event})
+    step_s = time.perf_counter() - started + batch.data_wait_s
+    record = StepRecord(batch, stats, total, lr, state.order_hash, len(samples), step_s)
+    row = record.row(config, tasks)
     telemetry.step(row)
-    if state.step % config.monitor.log_every == 0 or state.step == config.train.max_steps:
-        runtime.say(
-            f"step {state.step:>6}  loss {row['loss']:.4f}  dice loss {row['loss_dice']:.4f}  lr {lr:.2e}  "
-            f"{row['step_s']:.2f} s  data {row['data_wait_s'] / max(row['step_s'], 1e-9):.0%}"
-        )
-    if stats.skipped:
-        runtime.say(f"step {batch.step} skipped: NaN or Inf in loss or gradient; positions {rows[:, 0].min()}–{rows[:, 0].max()}")
-    if state.skipped > config.train.max_skipped:
-        raise NumericalError(
-            f"{state.skipped} steps had NaN or Inf in loss or gradient, more than train.max_skipped={config.train.max_skipped}; "
-            f"the last good checkpoint is in {config.run_dir / 'checkpoints'}; lower optimizer.lr, or look at the skipped positions' cases"
-        )
+    _report(row, state, config, runtime)
     return float(row["loss"])
 
 
-def _row(total: LossSums, stats: StepStats, batch: StepBatch, config: Config, tasks: TaskTable) -> dict[str, Any]:
-    """One line of metrics.jsonl: global means of the losses, per dataset too, and this rank's times in seconds."""
-    bce, dice, pairs, count = total.per_task.cpu()
-    n, samples = max(batch.pair_count, 1), max(batch.modality_count, 1)
-    modality = float(total.modality) / samples
-    datasets: dict[str, dict[str, float]] = {}
-    for dataset in tasks.datasets:
-        ids = list(dataset.task_ids)
-        if seen := float(count[ids].sum()):
-            datasets[dataset.name] = {"loss_bce": float(bce[ids].sum()) / seen, "loss_dice": float(dice[ids].sum()) / seen}
-    return {
-        "step": batch.step,
-        "position": (batch.step + 1) * config.train.global_batch,
-        "loss": float(pairs.sum()) / n + (config.loss.modality_weight or 0.0) * modality,
-        "loss_bce": float(bce.sum()) / n,
-        "loss_dice": float(dice.sum()) / n,
-        "loss_modality": modality,
-        "grad_norm": stats.grad_norm,
-        "skipped": int(stats.skipped),
-        "data_wait_s": batch.data_wait_s,
-        "wait_parts_s": batch.wait_parts_s,
-        "step_parts_s": stats.parts_s,
-        "datasets": datasets,
-    }
+def _report(row: dict[str, Any], state: TrainState, config: Config, runtime: Runtime) -> None:
+    """Lines on the terminal, and the limit on skipped steps. Raises NumericalError above `train.max_skipped`."""
+    if state.step % config.monitor.log_every == 0 or state.step == config.train.max_steps:
+        waited = row["data_wait_s"] / max(row["step_s"], 1e-9)
+        runtime.say(
+            f"step {state.step:>6}  loss {row['loss']:.4f}  dice loss {row['loss_dice']:.4f}  lr {row['lr']:.2e}  "
+            f"{row['step_s']:.2f} s  data {waited:.0%}"
+        )
+    if row["skipped"]:
+        runtime.say(
+            f"step {row['step']} skipped: NaN or Inf in loss or gradient "
+            f"(positions {row['position'] - config.train.global_batch} to {row['position'] - 1})"
+        )
+    if state.skipped > config.train.max_skipped:
+        raise NumericalError(
+            f"{state.skipped} steps had NaN or Inf in loss or gradient, more than train.max_skipped={config.train.max_skipped}; "
+            f"the last good checkpoint is in {config.run_dir / 'checkpoints'}; lower optimizer.lr, or look at the cases of the "
+            "skipped positions"
+        )
 
 
 def _restore(saved: dict[str, Any] | None, fresh: TrainState, config: Config) -> TrainState:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_exponential_falls_from_the_peak_to_the_final_ratio_by_a_constant_factor
     values = [learning_rate(s, 100, config) for s in range(10, 100)]
     assert values[0] == pytest.approx(1.0)
     assert values[-1] == pytest.approx(0.01)
-    ratios = [b / a for a, b in zip(values, values[1:], strict=False)]
+    ratios = [b / a for a, b in pairwise(values)]
     assert max(ratios) - min(ratios) < 1e-9
 
 

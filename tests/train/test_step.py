@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,12 @@ from torch import nn
 from hermes_dist.config import LossConfig
 from hermes_dist.models.output import ModelOutput
 from hermes_dist.stream.batch import Batch, StepBatch
-from hermes_dist.train.step import LossSums, StepLoss, ask, chain_hash
+from hermes_dist.tasks import TaskTable
+from hermes_dist.train.record import LossSums
+from hermes_dist.train.step import StepLoss, ask, chain_hash
 
 CONFIG = LossConfig(overlap="dice", modality_weight=0.1)
+TASKS = TaskTable.build([("a", "CT", "x", [(f"c{i}", [i + 1]) for i in range(6)], None)])
 
 
 class TinyModel(nn.Module):
@@ -53,7 +58,7 @@ def rows(batch: Batch, index: slice) -> Batch:
 
 
 def gradients(parts: list[Batch], pairs: int, samples: int) -> tuple[torch.Tensor, LossSums]:
-    model, sums = TinyModel(), LossSums.zeros(6, torch.device("cpu"))
+    model, sums = TinyModel(), LossSums.zeros(TASKS, torch.device("cpu"))
     step = StepBatch(
         step=0, micro_batches=parts, pair_count=pairs, modality_count=samples, identities=np.zeros(0, np.int64),
         positions=np.zeros(0, np.int64), data_wait_s=0.0, wait_parts_s={}, events=[],
@@ -69,7 +74,7 @@ def test_gradients_of_any_micro_batching_are_those_of_the_whole_batch(split):
     whole = make_batch([3, 1, 2, 5], seed=1)
     reference, sums = gradients([whole], pairs=11, samples=4)
     edges = np.cumsum([0, *split])
-    parts = [rows(whole, slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [rows(whole, slice(a, b)) for a, b in pairwise(edges)]
     found, split_sums = gradients(parts, pairs=11, samples=4)
     torch.testing.assert_close(found, reference)
     torch.testing.assert_close(split_sums.packed(), sums.packed())
