@@ -1,0 +1,182 @@
+"""A volume as a grid of compressed blocks, and reading any box out of it.
+
+zarr chunks (no overlap, edge blocks padded to full size) and tar bricks (overlapping by a margin, edge blocks cut) are the same
+thing here: a `BlockGrid` says which voxels each block holds, a `BlockTable` where its bytes lie. So both formats share one reader
+and give the same bits. A box touches as few blocks as possible: blocks that overlap are chosen greedily along each axis, hence
+a box no larger than margin + 1 always lies in a single block.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from hermes_dist.errors import CorruptShardError
+from hermes_dist.shards.codec import crc32c, decompress_planes
+
+Vox3 = tuple[int, int, int]
+Bounds = tuple[int, int, int]
+"""Along one axis: block index, first voxel, one past the last voxel."""
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """Which voxels the blocks of a volume hold; blocks are numbered in C order of their grid.
+
+    Attributes:
+        shape_vox_zyx: the volume.
+        block_vox_zyx: voxels of a full block.
+        margin_vox: voxels that neighbouring blocks share.
+        padded: edge blocks are stored at full size (zarr) instead of being cut.
+    """
+
+    shape_vox_zyx: Vox3
+    block_vox_zyx: Vox3
+    margin_vox: int = 0
+    padded: bool = False
+
+    def stride(self, axis: int) -> int:
+        """Voxels between the starts of neighbouring blocks."""
+        return self.block_vox_zyx[axis] - self.margin_vox
+
+    @property
+    def counts(self) -> Vox3:
+        """Blocks along each axis."""
+        z, y, x = (max(1, -(-(self.shape_vox_zyx[a] - self.margin_vox) // self.stride(a))) for a in range(3))
+        return z, y, x
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks in all."""
+        z, y, x = self.counts
+        return z * y * x
+
+    def start(self, index_zyx: Sequence[int]) -> Vox3:
+        """First voxel of a block."""
+        z, y, x = (index_zyx[a] * self.stride(a) for a in range(3))
+        return z, y, x
+
+    def stored_shape(self, index_zyx: Sequence[int]) -> Vox3:
+        """Voxels that are stored for a block."""
+        if self.padded:
+            return self.block_vox_zyx
+        z, y, x = (
+            min(block, side - start)
+            for block, side, start in zip(self.block_vox_zyx, self.shape_vox_zyx, self.start(index_zyx), strict=True)
+        )
+        return z, y, x
+
+    def indices(self) -> Iterator[Vox3]:
+        """All block indices in C order."""
+        z, y, x = self.counts
+        return product(range(z), range(y), range(x))
+
+    def cover(self, axis: int, first: int, stop: int) -> list[Bounds]:
+        """The fewest blocks along an axis that hold voxels `first … stop`, each with the part that is taken from it."""
+        stride, last = self.stride(axis), self.counts[axis] - 1
+        parts: list[Bounds] = []
+        while first < stop:
+            index = min(first // stride, last)
+            end = min(stop, index * stride + self.block_vox_zyx[axis])
+            parts.append((index, first, end))
+            first = end
+        return parts
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Where the blocks of one array lie. A block of length 0 holds `fill` everywhere.
+
+    Attributes:
+        path: the object that holds them, relative to the store.
+        grid: which voxels each block holds.
+        dtype: stored type.
+        fill: value of absent blocks.
+        offsets, lengths: int64 per block.
+        crc32c: uint32 per block, or None where each block ends with its own four bytes of checksum (zarr's crc32c codec).
+        codec: `blosc`, or `npy` (a plain .npy file).
+    """
+
+    path: str
+    grid: BlockGrid
+    dtype: np.dtype
+    fill: float
+    offsets: np.ndarray
+    lengths: np.ndarray
+    crc32c: np.ndarray | None
+    codec: str = "blosc"
+
+
+@dataclass(frozen=True)
+class BlockPart:
+    """One block of a plan: its number, what is stored, and which box of it goes where."""
+
+    number: int
+    stored_shape: Vox3
+    source: tuple[slice, slice, slice]
+    target: tuple[slice, slice, slice]
+
+
+def plan_parts(grid: BlockGrid, start_vox_zyx: Sequence[int], stop_vox_zyx: Sequence[int]) -> list[BlockPart]:
+    """The blocks that a box inside the volume needs; targets are relative to the box."""
+    _, n_y, n_x = grid.counts
+    axes = [grid.cover(axis, start_vox_zyx[axis], stop_vox_zyx[axis]) for axis in range(3)]
+    parts: list[BlockPart] = []
+    for bounds in product(*axes):
+        index = tuple(b[0] for b in bounds)
+        origin = grid.start(index)
+        source = tuple(slice(b[1] - origin[a], b[2] - origin[a]) for a, b in enumerate(bounds))
+        target = tuple(slice(b[1] - start_vox_zyx[a], b[2] - start_vox_zyx[a]) for a, b in enumerate(bounds))
+        number = (index[0] * n_y + index[1]) * n_x + index[2]
+        parts.append(BlockPart(number, grid.stored_shape(index), source, target))  # pyright: ignore[reportArgumentType]
+    return parts
+
+
+def payload(table: BlockTable, number: int, data: memoryview, url: str) -> memoryview:
+    """A block's bytes without its checksum, verified.
+
+    Raises:
+        CorruptShardError: the checksum does not match.
+    """
+    if table.crc32c is None:
+        data, expected = data[:-4], int.from_bytes(data[-4:], "little")
+    else:
+        expected = int(table.crc32c[number])
+    found = crc32c(data)
+    if found != expected:
+        raise CorruptShardError(
+            f"{url}/{table.path}: block {number} has checksum {found:08x}, expected {expected:08x}; convert this case again"
+        )
+    return data
+
+
+def decode_planes(table: BlockTable, part: BlockPart, data: memoryview, scratch: np.ndarray, url: str) -> np.ndarray:
+    """The box `part.source` of a block, as a view; only its z planes are decompressed."""
+    z, y, x = part.source
+    n_y, n_x = part.stored_shape[1:]
+    where = f"{url}/{table.path} block {part.number}"
+    if table.codec == "npy":
+        return read_npy(data, part.stored_shape, table.dtype, where)[z, y, x]
+    planes = scratch[: (z.stop - z.start) * n_y * n_x]
+    total = part.stored_shape[0] * n_y * n_x
+    decompress_planes(data, planes, z.start * n_y * n_x, total, where)
+    return planes.reshape(-1, n_y, n_x)[:, y, x]
+
+
+def read_npy(data: memoryview, shape: Vox3, dtype: np.dtype, where: str) -> np.ndarray:
+    """A .npy member without copy. Raises CorruptShardError unless it holds exactly this shape and type (never a pickle)."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        found = read_header(stream)
+    except ValueError as error:
+        raise CorruptShardError(f"{where}: not a .npy file: {error}; convert this case again") from None
+    body = data[stream.tell() :]
+    if found != (shape, False, dtype) or len(body) != int(np.prod(shape)) * dtype.itemsize:
+        raise CorruptShardError(f"{where}: holds {found}, expected {shape} {dtype}; convert this case again")
+    return np.frombuffer(body, dtype).reshape(shape)

@@ -1,0 +1,88 @@
+"""One block of voxels ↔ bytes: blosc (LZ4HC, byte shuffle) and crc32c.
+
+Blosc 1 compresses a block in independent slices ("blosc blocks", here two z planes of 64 × 64 int16). A crop that needs some z
+planes of a block therefore decompresses those slices alone, through the C library that numcodecs ships; where its symbols are
+not exported the whole block is decompressed instead. Nothing is decompressed before its checksum matched and its header stated
+exactly the expected number of bytes, so a damaged or hostile block cannot write outside its buffer or blow up in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]: a compiled module without stub
+
+from hermes_dist.errors import CorruptShardError
+
+BLOSC_HEADER_BYTES = 16
+SLICE_BYTES = 16384
+"""Size of the independently compressed slices inside one block."""
+LEVEL = 5
+
+
+def crc32c(data: bytes | memoryview | np.ndarray) -> int:
+    """Checksum of a contiguous buffer (Castagnoli, as zarr's crc32c codec)."""
+    view: Any = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data  # it takes arrays, but no memoryviews
+    return int(google_crc32c.value(view))
+
+
+def compress(block: np.ndarray, cname: str = "lz4hc") -> bytes:
+    """Compress one C-contiguous block; readable by every blosc 1 library (zarr's blosc codec)."""
+    shuffle = blosc.NOSHUFFLE if block.itemsize == 1 else blosc.SHUFFLE
+    return bytes(blosc.compress(np.ascontiguousarray(block), cname.encode(), LEVEL, shuffle, SLICE_BYTES))
+
+
+def check_header(data: memoryview, expected_bytes: int, where: str) -> None:
+    """Refuse a block whose header does not state exactly `expected_bytes` and its own length.
+
+    Raises:
+        CorruptShardError: too short, another length, or another decompressed size (a "zip bomb").
+    """
+    if len(data) < BLOSC_HEADER_BYTES:
+        raise CorruptShardError(f"{where}: block of {len(data)} bytes is too short; convert this case again")
+    n_bytes, _, c_bytes = struct.unpack_from("<III", data, 4)
+    if n_bytes != expected_bytes or c_bytes != len(data):
+        raise CorruptShardError(
+            f"{where}: block states {n_bytes} bytes in {c_bytes}, expected {expected_bytes} in {len(data)}; "
+            "convert this case again"
+        )
+
+
+@cache
+def _getitem() -> Callable[[int, int, int, int], int] | None:
+    """`blosc_getitem(source, first item, items, destination)`, or None where the symbol is not exported."""
+    try:
+        function = ctypes.CDLL(blosc.__file__).blosc_getitem
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def decompress_planes(data: memoryview, out: np.ndarray, first: int, total: int, where: str) -> None:
+    """Decompress items `first … first + out.size` of a block of `total` items into `out` (contiguous).
+
+    Raises:
+        CorruptShardError: the header or the compressed stream is wrong.
+    """
+    check_header(data, total * out.itemsize, where)
+    if data[3] != out.itemsize:
+        raise CorruptShardError(f"{where}: block of {data[3]}-byte items, expected {out.itemsize}; convert this case again")
+    getitem = _getitem()
+    if getitem is not None:
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        if getitem(address, first, out.size, out.ctypes.data) != out.nbytes:
+            raise CorruptShardError(f"{where}: blosc could not decompress the block; convert this case again")
+        return
+    try:
+        whole = np.frombuffer(blosc.decompress(data), out.dtype)
+    except RuntimeError as error:
+        raise CorruptShardError(f"{where}: {error}; convert this case again") from None
+    out.reshape(-1)[:] = whole[first : first + out.size]

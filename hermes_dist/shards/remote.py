@@ -1,0 +1,177 @@
+"""Object stores and web servers behind the `Storage` protocol, through obstore; and `open_storage`, the door for every URL.
+
+Credentials come from the usual environment (`AWS_*`, `GOOGLE_*`, `AZURE_*`) or the machine's role, never from a URL or a config;
+URLs that carry some are refused, so none can reach a log. Ranges of one object are fetched concurrently, near ones in one
+request. obstore's own short retries smooth over single hiccups; what remains is classified here and
+retried by whoever knows the plan.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import obstore
+from obstore import exceptions as obstore_errors
+from obstore.store import HTTPStore, from_url
+
+from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
+from hermes_dist.shards.storage import LocalStorage, Storage, check_path, split_url
+
+RETRIES = {
+    "max_retries": 2,
+    "retry_timeout": timedelta(seconds=20),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2), "base": 2},
+}
+TIMEOUTS = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=10)}
+PERMANENT_STATUS = re.compile(r"status(?: code)?:? (?:4(?!08|25|29)\d\d|301)\b", re.IGNORECASE)
+"""Answers that will not change: 4xx apart from 408 Timeout, 425 Too Early, 429 Too Many Requests; a wrong region."""
+
+
+def open_storage(url: str) -> Storage:
+    """The storage behind a path or URL (file, s3, gs, az, http, https). Nothing is contacted yet.
+
+    Raises:
+        StoreError: unknown scheme, or a URL that carries credentials.
+    """
+    scheme, where = split_url(url)
+    return LocalStorage(where) if scheme == "file" else RemoteStorage(where)
+
+
+class RemoteStorage:
+    """Objects below a URL. Can be pickled; every process (also after a fork) opens its own client."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise StoreError(
+                f"store {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: credentials and queries do not "
+                "belong into a URL; set them in the environment (AWS_*, GOOGLE_*, AZURE_*)"
+            )
+        self._url = url.rstrip("/")
+        self._client: tuple[int, Any] | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> str:
+        return self._url
+
+    def __setstate__(self, url: str) -> None:
+        self.__init__(url)  # the client is opened anew by whoever unpickles
+
+    @property
+    def url(self) -> str:
+        """The URL."""
+        return self._url
+
+    @property
+    def _store(self) -> Any:
+        with self._lock:
+            if self._client is None or self._client[0] != os.getpid():
+                self._client = (os.getpid(), _connect(self._url))
+            return self._client[1]
+
+    @contextmanager
+    def _errors(self, path: str) -> Generator[None]:
+        name = f"{self._url}/{path}"
+        try:
+            yield
+        except FileNotFoundError:
+            raise StoreError(f"{name} does not exist; check the URL, or convert again") from None
+        except (obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError, PermissionError) as error:
+            raise StoreError(f"{name}: access denied ({_short(error)}); set the credentials in the environment") from None
+        except obstore_errors.NotSupportedError as error:
+            raise StoreError(f"{name}: {_short(error)}; this kind of storage cannot do that") from None
+        except (obstore_errors.BaseError, OSError) as error:
+            text = _short(error)
+            if "range" in text.lower() and ("416" in text or "larger than" in text or "beyond" in text):
+                raise CorruptShardError(f"{name} is shorter than expected ({text}); convert this case again") from None
+            kind = StoreError if PERMANENT_STATUS.search(text) else TransientStorageError
+            raise kind(f"{name}: {text}") from None
+
+    def read(self, path: str, limit_bytes: int = 1 << 33) -> bytes:
+        """See `Storage.read`."""
+        check_path(path)
+        with self._errors(path):
+            answer = obstore.get(self._store, path)
+            n_bytes = answer.meta["size"]
+            data = b"" if n_bytes > limit_bytes else bytes(answer.bytes())
+        if n_bytes > limit_bytes:
+            raise StoreError(f"{self._url}/{path} has {n_bytes} bytes, more than {limit_bytes}; this is no file of a store")
+        return data
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """See `Storage.read_ranges`."""
+        check_path(path)
+        if not ranges:
+            return []
+        with self._errors(path):
+            parts = obstore.get_ranges(
+                self._store, path, starts=[start for start, _ in ranges], lengths=[length for _, length in ranges]
+            )
+        views = [memoryview(part) for part in parts]
+        for view, (start, length) in zip(views, ranges, strict=True):
+            if len(view) != length:
+                raise CorruptShardError(
+                    f"{self._url}/{path} ends at byte {start + len(view)}, expected {start + length}; convert this case again"
+                )
+        return views
+
+    def size(self, path: str) -> int | None:
+        """See `Storage.size`."""
+        check_path(path)
+        try:
+            with self._errors(path):
+                return int(obstore.head(self._store, path)["size"])
+        except StoreError as error:
+            if "does not exist" in str(error):
+                return None
+            raise
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """See `Storage.write` (object stores publish an object when its upload is complete)."""
+        check_path(path)
+        with self._errors(path):
+            obstore.put(self._store, path, data)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """See `Storage.list`."""
+        with self._errors(prefix):
+            for batch in obstore.list(self._store, prefix or None):
+                yield from (item["path"] for item in batch)
+
+    def delete(self, path: str) -> None:
+        """See `Storage.delete`."""
+        check_path(path)
+        try:
+            with self._errors(path):
+                obstore.delete(self._store, path)
+        except StoreError as error:
+            if "does not exist" not in str(error):
+                raise
+
+    def sweep(self) -> None:
+        """Nothing: unfinished uploads are not objects (a bucket's lifecycle rule removes their parts)."""
+
+
+def _connect(url: str) -> Any:
+    scheme = urlsplit(url).scheme
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", ""))
+    options: dict[str, Any] = {**TIMEOUTS, "allow_http": scheme == "http" or endpoint.startswith("http://")}
+    try:
+        if scheme in ("http", "https"):
+            return HTTPStore.from_url(url, client_options=options, retry_config=RETRIES)  # pyright: ignore[reportArgumentType]
+        return from_url(url, client_options=options, retry_config=RETRIES)  # pyright: ignore[reportArgumentType,reportCallIssue]
+    except (obstore_errors.BaseError, ValueError) as error:
+        raise StoreError(f"store {url}: {_short(error)}; check the URL and the credentials in the environment") from None
+
+
+def _short(error: BaseException) -> str:
+    """First lines of obstore's message, without its debug dump."""
+    text = str(error).split("\n\nDebug source")[0]
+    return re.sub(r"\s+", " ", text)[:400]

@@ -1,0 +1,219 @@
+"""Bytes by URL: the local file system here, everything else through obstore in `remote.py`.
+
+A `Storage` reads and writes whole objects and byte ranges below one root. It classifies what goes wrong: missing or forbidden →
+StoreError, shorter than promised → CorruptShardError, may pass → TransientStorageError. It never follows a path or a symbolic
+link out of its root, and a write is complete or invisible.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
+
+TRANSIENT_ERRNO = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETRESET, errno.ECONNRESET}
+)
+MAX_GAP_BYTES = 65536
+"""Ranges closer than this are read as one (local disk)."""
+
+
+class Storage(Protocol):
+    """Objects below one root, named by relative paths with `/`."""
+
+    @property
+    def url(self) -> str:
+        """The root, without credentials."""
+        ...
+
+    def read(self, path: str, limit_bytes: int = 1 << 33) -> bytes:
+        """A whole object. Raises StoreError if it is missing or larger than the limit."""
+        ...
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """The `(start, length)` ranges of one object. Raises CorruptShardError if the object ends before."""
+        ...
+
+    def size(self, path: str) -> int | None:
+        """Bytes of an object, or None if there is none."""
+        ...
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """Create or replace an object; complete or invisible."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Paths of all objects below a folder, in any order."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """Remove an object; nothing happens if there is none."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what killed writers left behind; only while nobody writes."""
+        ...
+
+
+def check_path(path: str) -> str:
+    """Refuse names that could leave the store.
+
+    Raises:
+        StoreError: absolute, with `..`, a backslash, a control character or a drive letter.
+    """
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or re.search(r"[\\\x00-\x1f]|^[A-Za-z]:", path):
+        raise StoreError(f"path {path!r} does not stay inside the store; this store was tampered with: do not use it")
+    return path
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """`(scheme, path or url)`: `file` for plain paths and file URLs.
+
+    Raises:
+        StoreError: a scheme that no storage speaks.
+    """
+    scheme = urlsplit(url).scheme if re.match(r"^[a-z][a-z0-9+.-]+://", url) else "file"
+    if scheme == "file":
+        return scheme, unquote(urlsplit(url).path) if url.startswith("file://") else url
+    if scheme not in ("s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "azure", "http", "https"):
+        raise StoreError(f"store {url!r}: scheme {scheme!r} is not one of file, s3, gs, az, http, https")
+    return scheme, url
+
+
+def coalesce(ranges: Sequence[tuple[int, int]], max_gap: int, max_bytes: int) -> list[tuple[int, int, list[int]]]:
+    """Join near ranges: `[(start, length, [indices of the ranges inside])]`, in order of offset."""
+    groups: list[tuple[int, int, list[int]]] = []
+    for index in sorted(range(len(ranges)), key=lambda i: ranges[i]):
+        start, length = ranges[index]
+        if groups:
+            first, total, members = groups[-1]
+            stop = max(first + total, start + length)
+            if start <= first + total + max_gap and stop - first <= max_bytes:
+                groups[-1] = (first, stop - first, [*members, index])
+                continue
+        groups.append((start, length, [index]))
+    return groups
+
+
+class LocalStorage:
+    """A folder. Reads are positioned reads (a mapped file that is cut short would kill the process)."""
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = os.path.realpath(root)
+
+    @property
+    def url(self) -> str:
+        """The folder."""
+        return self._root
+
+    def _locate(self, path: str) -> str:
+        full = os.path.join(self._root, check_path(path))
+        real = os.path.realpath(full)
+        if real != full and not real.startswith(self._root + os.sep):
+            raise StoreError(f"{full} is a link that leaves the store (to {real}); remove it and convert the case again")
+        return real
+
+    @contextmanager
+    def _errors(self, path: str) -> Generator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(f"{self._root}/{path} does not exist; check the URL, or convert again") from None
+        except OSError as error:
+            kind = TransientStorageError if error.errno in TRANSIENT_ERRNO else StoreError
+            raise kind(f"{self._root}/{path}: {error.strerror or error}") from None
+
+    def read(self, path: str, limit_bytes: int = 1 << 33) -> bytes:
+        """See `Storage.read`."""
+        with self._errors(path), open(self._locate(path), "rb") as file:
+            if os.fstat(file.fileno()).st_size > limit_bytes:
+                raise StoreError(f"{self._root}/{path} has more than {limit_bytes} bytes; this is no file of a store")
+            return file.read()
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """See `Storage.read_ranges`."""
+        views = [memoryview(b"")] * len(ranges)
+        with self._errors(path), open(self._locate(path), "rb", buffering=0) as file:
+            for start, length, members in coalesce(ranges, MAX_GAP_BYTES, 1 << 30):
+                data = memoryview(os.pread(file.fileno(), length, start))
+                if len(data) != length:
+                    raise CorruptShardError(
+                        f"{self._root}/{path} ends at byte {start + len(data)}, expected {start + length}; "
+                        "convert this case again"
+                    )
+                for i in members:
+                    views[i] = data[ranges[i][0] - start :][: ranges[i][1]]
+        return views
+
+    def size(self, path: str) -> int | None:
+        """See `Storage.size`."""
+        try:
+            return os.stat(self._locate(path)).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """See `Storage.write`."""
+        full = self._locate(path)
+        temporary = f"{full}.{uuid.uuid4().hex}.tmp"
+        with self._errors(path):
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, full)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            _sync_folder(os.path.dirname(full))
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """See `Storage.list`. Leftovers of killed writers (`*.tmp`) are not objects."""
+        top = os.path.join(self._root, prefix)
+        for folder, _, names in os.walk(top):
+            for name in names:
+                if not name.endswith(".tmp"):
+                    yield Path(folder, name).relative_to(self._root).as_posix()
+
+    def delete(self, path: str) -> None:
+        """See `Storage.delete`. Folders that become empty go too."""
+        full = Path(self._root, check_path(path))
+        with suppress(FileNotFoundError):
+            full.unlink()
+        for folder in full.parents:
+            if folder == Path(self._root) or not folder.is_dir():
+                return
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+
+    def sweep(self) -> None:
+        """See `Storage.sweep`."""
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                if re.search(r"\.[0-9a-f]{32}\.tmp$", name):
+                    with suppress(OSError):
+                        os.unlink(os.path.join(folder, name))
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename durable. Not every file system can; then the rename itself is all there is."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,227 @@
+"""Reading a store: `open_store(url)` → crops and whole cases, verified, the same bits from every format and place.
+
+A `ShardStore` is cheap to open and can be pickled (it re-opens itself), so it travels to workers by value. It keeps shard indices
+and manifest row groups in small bounded caches; voxels are cached only where a disk cache was asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hermes_dist.errors import StoreError, nearest
+from hermes_dist.shards import STORES
+from hermes_dist.shards.blocks import BlockTable, decode_planes, payload, plan_parts
+from hermes_dist.shards.collection import COLLECTION_FILE, Collection, load, open_manifest
+from hermes_dist.shards.layout import CaseFormat, Layout
+from hermes_dist.shards.manifest import ManifestRow
+from hermes_dist.shards.remote import open_storage
+from hermes_dist.shards.storage import LocalStorage, Storage
+from hermes_dist.shards.writer import StoreWriter
+from hermes_dist.tasks import TaskTable
+from hermes_dist.volume.preprocess import Preprocessing
+
+TABLES_KEPT = 2048
+
+
+@dataclass
+class ReadCounters:
+    """What reading has cost since the store was opened; for attributing waits."""
+
+    reads: int = 0
+    bytes_read: int = 0
+    storage_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class ShardStore:
+    """Read access to one store; made by `hermes_dist.shards.open_store`.
+
+    Attributes:
+        collection: task table, preprocessing, digest.
+        manifest: the cases.
+        counters: what reading has cost so far.
+
+    Raises:
+        StoreError, CorruptShardError: the manifest is missing or does not match the collection.
+    """
+
+    def __init__(self, storage: Storage, collection: Collection, form: CaseFormat, reopen: tuple[Any, ...]) -> None:
+        self._storage = storage
+        self._form = form
+        self._reopen = reopen
+        self._parallel: ThreadPoolExecutor | None = None
+        self._tables: OrderedDict[tuple[str, str], BlockTable] = OrderedDict()
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.counters = ReadCounters()
+        self.collection = collection
+        self.manifest = open_manifest(storage, collection)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return open_store, self._reopen
+
+    @property
+    def url(self) -> str:
+        """The store's URL."""
+        return self._storage.url
+
+    def read_crop(
+        self, row: int | ManifestRow, start_vox_zyx: Sequence[int], size_vox_zyx: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A box of a case as (normalised image float32, label uint8 or uint16), both of the asked size.
+
+        The box may stick out of the volume on any side: there the image has the case's minimum ("air"), the label 0.
+
+        Raises:
+            CorruptShardError: a checksum does not match. StoreError: missing. TransientStorageError: may work again.
+        """
+        case = self.manifest.row(row) if isinstance(row, int | np.integer) else row
+        if len(start_vox_zyx) != 3 or len(size_vox_zyx) != 3 or min(size_vox_zyx) < 1:
+            raise StoreError(
+                f"{case.name}: a crop needs three starts and three positive sides, got {start_vox_zyx} and {size_vox_zyx}"
+            )
+        image = np.empty(tuple(size_vox_zyx), np.float32)
+        label = np.empty(tuple(size_vox_zyx), case.array_type("label")[0])
+        jobs = [("image", image, case.image_step, case.air), ("label", label, None, 0)]
+        if isinstance(self._storage, LocalStorage):
+            for name, out, step, pad in jobs:
+                self._read(case, name, start_vox_zyx, out, step, pad)
+        else:
+            if self._parallel is None:
+                self._parallel = ThreadPoolExecutor(2, thread_name_prefix="shards")
+            waits = [
+                self._parallel.submit(self._read, case, name, start_vox_zyx, out, step, pad) for name, out, step, pad in jobs
+            ]
+            for wait in waits:
+                wait.result()
+        return image, label
+
+    def read_case(self, row: int | ManifestRow) -> tuple[np.ndarray, np.ndarray]:
+        """A whole case as (normalised image float32, label). Errors as `read_crop`."""
+        case = self.manifest.row(row) if isinstance(row, int | np.integer) else row
+        return self.read_crop(case, (0, 0, 0), case.shape_vox_zyx)
+
+    def read_stored(self, row: int | ManifestRow) -> tuple[np.ndarray, np.ndarray]:
+        """A whole case as it is stored, without scaling (for verification and plain copies)."""
+        case = self.manifest.row(row) if isinstance(row, int | np.integer) else row
+        arrays: list[np.ndarray] = []
+        for name in ("image", "label"):
+            dtype, fill = case.array_type(name)
+            out = np.empty(case.shape_vox_zyx, dtype)
+            self._read(case, name, (0, 0, 0), out, None, fill)
+            arrays.append(out)
+        return arrays[0], arrays[1]
+
+    def close(self) -> None:
+        """Stop the helper threads (they also end with the process)."""
+        if self._parallel is not None:
+            self._parallel.shutdown()
+            self._parallel = None
+
+    def _table(self, case: ManifestRow, name: str) -> BlockTable:
+        key = (case.uri, name)
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+        table = self._form.locate(self._storage, case, name, self.collection.layout)
+        with self._lock:
+            self._tables[key] = table
+            if len(self._tables) > TABLES_KEPT:
+                self._tables.popitem(last=False)
+        return table
+
+    def _read(self, case: ManifestRow, name: str, start: Sequence[int], out: np.ndarray, step: float | None, pad: float) -> None:
+        """Fill `out` with the box at `start` of one array: stored values times `step` (None = as stored)."""
+        began = time.perf_counter()
+        table = self._table(case, name)
+        low = [min(max(s, 0), side) for s, side in zip(start, case.shape_vox_zyx, strict=True)]
+        high = [min(max(s + n, 0), side) for s, n, side in zip(start, out.shape, case.shape_vox_zyx, strict=True)]
+        parts = plan_parts(table.grid, low, high) if all(a < b for a, b in zip(low, high, strict=True)) else []
+        present = [part for part in parts if table.lengths[part.number]]
+        if len(present) != len(parts) or not parts or tuple(b - a for a, b in zip(low, high, strict=True)) != out.shape:
+            out.fill(pad)
+        ranges = [(int(table.offsets[p.number]), int(table.lengths[p.number])) for p in present]
+        views = self._storage.read_ranges(table.path, ranges)
+        fetched = time.perf_counter()
+        inner = out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))]
+        scratch = self._scratch(table)
+        for part, view in zip(present, views, strict=True):
+            box = decode_planes(table, part, payload(table, part.number, view, self.url), scratch, self.url)
+            target = inner[part.target]
+            if step is None or table.dtype.kind == "f":
+                target[...] = box
+            else:
+                np.multiply(box, np.float32(step), out=target)
+        with self._lock:
+            self.counters.reads += 1
+            self.counters.bytes_read += sum(length for _, length in ranges)
+            self.counters.storage_s += fetched - began
+            self.counters.decode_s += time.perf_counter() - fetched
+
+    def _scratch(self, table: BlockTable) -> np.ndarray:
+        """A buffer of one block per thread and type: fresh memory would cost page faults for every crop."""
+        kept: dict[str, np.ndarray] = self._local.__dict__.setdefault("scratch", {})
+        size = int(np.prod(table.grid.block_vox_zyx))
+        if table.dtype.str not in kept or kept[table.dtype.str].size < size:
+            kept[table.dtype.str] = np.empty(size, table.dtype)
+        return kept[table.dtype.str]
+
+
+def open_store(url: str, cache_dir: str | None = None, cache_mib: int = 0) -> ShardStore:
+    """Open a finished store by path or URL (file, s3, gs, az, http, https).
+
+    Args:
+        url: the store.
+        cache_dir: folder of a local disk cache for remote stores, shared by all processes of a host.
+        cache_mib: bound of that cache (0 = none).
+
+    Raises:
+        StoreError: no finished store there, another format version or an unknown format. CorruptShardError: a damaged
+        manifest. TransientStorageError: storage that may work again.
+    """
+    storage = open_storage(url)
+    collection = load(storage)
+    return ShardStore(storage, collection, _form(collection.format), (url, cache_dir, cache_mib))
+
+
+def create_store(
+    url: str, format: str, *, tasks: TaskTable, preprocessing: Preprocessing, layout: Layout | None = None
+) -> StoreWriter:
+    """A writer for a new store, or one that adds to the store that is there.
+
+    Args:
+        url: path or URL.
+        format: name in `STORES`.
+        tasks: the resolved task table.
+        preprocessing: parameters of the stored volumes; `image_dtype` decides how images are stored.
+        layout: how volumes are cut (default: the format's own).
+
+    Raises:
+        StoreError: unknown format, or a store of another format or layout lies there.
+    """
+    form = _form(format)
+    storage = open_storage(url)
+    layout = layout or form.default_layout
+    form.check_layout(layout)
+    published = load(storage) if storage.size(COLLECTION_FILE) is not None else None
+    if published is not None and (published.format, published.layout) != (format, layout):
+        raise StoreError(
+            f"{url} holds a store of format {published.format} with {published.layout}; this conversion wants {format} "
+            f"with {layout}: convert to another URL"
+        )
+    return StoreWriter(url, Collection(tasks, preprocessing, format=format, layout=layout), form, published)
+
+
+def _form(name: str) -> CaseFormat:
+    if name not in STORES:
+        raise StoreError(f"store format {name!r} is not one of {', '.join(STORES)}.{nearest(name, list(STORES))}")
+    return STORES[name]
