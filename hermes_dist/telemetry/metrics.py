@@ -87,9 +87,9 @@ def _rows() -> tuple[Metric, ...]:
             "hermes_nsd_ratio", "gauge", "ratio", "Normalised surface Dice of the last evaluation", ("split", "dataset", "task")
         ),
         Metric(
-            "hermes_hd95_millimeters",
+            "hermes_hd95_meters",
             "gauge",
-            "millimeters",
+            "meters",
             "95 % Hausdorff distance of the last evaluation",
             ("split", "dataset", "task"),
         ),

@@ -2,16 +2,15 @@
 
 A row may hold anything; the keys below also reach Prometheus and TensorBoard. All are optional apart from `step`.
 
-    step, lr, grad_norm, skipped, step_s, data_wait_s, mfu      numbers (skipped: 0 or 1)
+    step, lr, grad_norm, skipped, step_s, data_wait_s           numbers (skipped: 0 or 1)
     loss, loss_bce, loss_dice, loss_modality                    losses of the global batch
-    samples, patches, voxels, flops                             what *this rank* did in this step
-    parts_s        {"forward": s, "backward": s, "optimizer": s, "communication": s, "checkpoint": s}
+    samples, patches, voxels, flops, mfu                        what *this rank* did in this step
+    step_parts_s   {"forward": s, "backward": s, "optimizer": s, "communication": s, "checkpoint": s}
     wait_parts_s   {"storage": s, "decode": s, "augment": s, "transfer": s, "queue": s}
     busy_s         time this rank needed itself (without it: data wait + forward)
-    dataset_loss   {dataset: {"bce": x, "dice": x, …} or x}
-    task_loss      {"dataset/class": {"bce": x, "dice": x} or x}
+    datasets       {dataset: {"loss_bce": x, "loss_dice": x, …}}
+    tasks          {"dataset/class": {"loss_bce": x, "loss_dice": x, "pairs": n}}
     dataset_samples {dataset: n}                                samples of this rank
-    task_pairs     {"dataset/class": n}                         trained (sample, task) pairs
 """
 
 from __future__ import annotations
@@ -36,6 +35,11 @@ COUNTERS = {
     "voxels": "hermes_voxels_total",
     "flops": "hermes_flops_total",
 }
+SCORES = {
+    "dice": ("hermes_dice_ratio", 1.0),
+    "nsd": ("hermes_nsd_ratio", 1.0),
+    "hd95_mm": ("hermes_hd95_meters", 1e-3),
+}
 
 
 def record(row: Mapping[str, Any], meters: Meters) -> None:
@@ -58,10 +62,22 @@ def record(row: Mapping[str, Any], meters: Meters) -> None:
     _record_datasets(row, meters)
 
 
+def record_evaluation(split: str, report: Mapping[str, Any], meters: Meters) -> None:
+    """Put the scores of an evaluation into the meters; a score that is null or NaN (class without reference) is left out."""
+    mean = report.get("mean", {}).get("dice")
+    if _finite(mean):
+        meters.series("hermes_mean_dice_ratio", {"split": split}).set(mean)
+    for entry in report.get("per_class", []):
+        labels = {"split": split, "dataset": str(entry["dataset"]), "task": str(entry["task"])}
+        for key, (name, unit) in SCORES.items():
+            if _finite(entry.get(key)):
+                meters.series(name, labels).set(unit * entry[key])
+
+
 def _record_times(row: Mapping[str, Any], meters: Meters) -> None:
     if "step_s" in row:
         meters.series("hermes_step_duration_seconds", {}).observe(row["step_s"])
-    parts: dict[str, float] = dict(row.get("parts_s") or {})
+    parts: dict[str, float] = dict(row.get("step_parts_s") or {})
     if "data_wait_s" in row:
         parts["data_wait"] = row["data_wait_s"]
     for part, seconds in parts.items():
@@ -76,22 +92,20 @@ def _record_times(row: Mapping[str, Any], meters: Meters) -> None:
 def _record_datasets(row: Mapping[str, Any], meters: Meters) -> None:
     for dataset, count in (row.get("dataset_samples") or {}).items():
         meters.series("hermes_dataset_samples_total", {"dataset": dataset}).inc(count)
-    for dataset, losses in (row.get("dataset_loss") or {}).items():
+    for dataset, losses in (row.get("datasets") or {}).items():
         for term, value in _terms(losses):
             meters.series("hermes_dataset_loss", {"dataset": dataset, "term": term}).set(value)
-    for name, losses in (row.get("task_loss") or {}).items():
+    for name, losses in (row.get("tasks") or {}).items():
         dataset, _, task = name.partition("/")
         for term, value in _terms(losses):
             meters.series("hermes_task_loss", {"dataset": dataset, "task": task, "term": term}).set(value)
-    for name, count in (row.get("task_pairs") or {}).items():
-        dataset, _, task = name.partition("/")
-        meters.series("hermes_pairs_total", {"dataset": dataset, "task": task}).inc(count)
+        meters.series("hermes_pairs_total", {"dataset": dataset, "task": task}).inc(losses.get("pairs", 0))
 
 
-def _terms(losses: Any) -> Iterator[tuple[str, float]]:
-    for term, value in losses.items() if isinstance(losses, Mapping) else [("total", losses)]:
-        if _finite(value):
-            yield term, value
+def _terms(losses: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in losses.items():
+        if key.startswith("loss") and _finite(value):
+            yield key.removeprefix("loss").removeprefix("_") or "total", value
 
 
 def _finite(value: Any) -> bool:

@@ -41,12 +41,24 @@ class Telemetry:
         rank: this process; rank 0 alone writes `metrics.jsonl` and TensorBoard events.
         world_size: ranks of the run.
         run_name: label `run` of every metric.
+        next_step: the step that a resumed run goes on with. Rows of metrics.jsonl from there on are dropped, since they are
+            trained and written again: each step appears once. None keeps all.
     """
 
-    def __init__(self, run_dir: Path, config: MonitorConfig, rank: int = 0, world_size: int = 1, run_name: str = "run") -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: MonitorConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        run_name: str = "run",
+        next_step: int | None = None,
+    ) -> None:
         self._run_dir, self._rank = Path(run_dir), rank
         self._meters = Meters(run_name, rank)
         self._metrics_file = JsonlFile(self._run_dir / "metrics.jsonl") if rank == 0 else None
+        if self._metrics_file and next_step is not None:
+            self._metrics_file.keep_steps_before(next_step)
         self._events_file = JsonlFile(self._run_dir / "stream.jsonl")
         self._tensorboard_on = config.tensorboard and rank == 0
         self._tensorboard: SummaryWriter | None = None
@@ -70,11 +82,6 @@ class Telemetry:
         """`host:port` of the metrics endpoint, or None where it is off."""
         return f"{self._endpoint.host}:{self._endpoint.port}" if self._endpoint else None
 
-    def resume(self, next_step: int) -> None:
-        """Drop the rows of `next_step` and later, which are trained again, so that each step appears once. Call before `step`."""
-        if self._metrics_file:
-            self._metrics_file.keep_steps_before(next_step)
-
     def declare(self, tasks: TaskTable) -> None:
         """Start the counters of every dataset and class at zero, so that one that is never trained is seen to be silent."""
         for dataset in tasks.datasets:
@@ -82,15 +89,24 @@ class Telemetry:
             for name in dataset.class_names:
                 self.add("hermes_pairs_total", 0, dataset=dataset.name, task=name)
 
-    def step(self, row: Mapping[str, Any]) -> None:
-        """One finished step: a line of metrics.jsonl (rank 0) and the gauges. `rows` documents the keys; any other is welcome."""
+    def step(self, row: Mapping[str, Any], local: Mapping[str, Any] | None = None) -> None:
+        """One finished step: a line of metrics.jsonl (rank 0) and the metrics.
+
+        Args:
+            row: what the line holds. `telemetry.rows` documents the keys that also become metrics; any other is welcome.
+            local: more keys of that kind which become metrics only: this rank's own counts, losses by class.
+        """
         start = time.perf_counter()
         if self._metrics_file:
             self._metrics_file.append(row)
-        rows.record(row, self._meters)
+        rows.record({**row, **(local or {})}, self._meters)
         if self._tensorboard_on:
             self._write_tensorboard(row)
         self.add("hermes_telemetry_seconds_total", time.perf_counter() - start)
+
+    def evaluation(self, split: str, report: Mapping[str, Any]) -> None:
+        """The scores of `evaluation/<split>.json` (its `mean` and `per_class` entries) become gauges."""
+        rows.record_evaluation(split, report, self._meters)
 
     def event(self, row: Mapping[str, Any]) -> None:
         """A line of stream.jsonl with time and rank, counted by `kind`: quarantine, substitution and retry also by `dataset`."""

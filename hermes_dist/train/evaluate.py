@@ -233,11 +233,5 @@ def _summary(job: Job, cases: Sequence[Case], rows: Sequence[dict[str, Any]]) ->
 
 
 def _export(telemetry: Telemetry, result: dict[str, Any], seconds: float) -> None:
-    names = {"hermes_dice_ratio": "dice", "hermes_nsd_ratio": "nsd", "hermes_hd95_millimeters": "hd95_mm"}
-    for row in result["per_class"]:
-        for metric, key in names.items():
-            if row[key] is not None:
-                telemetry.set(metric, row[key], split=result["split"], dataset=row["dataset"], task=row["task"])
-    if result["mean"]["dice"] is not None:
-        telemetry.set("hermes_mean_dice_ratio", result["mean"]["dice"], split=result["split"])
+    telemetry.evaluation(result["split"], result)
     telemetry.observe("hermes_evaluation_duration_seconds", seconds)

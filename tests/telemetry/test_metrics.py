@@ -8,7 +8,7 @@ import pytest
 
 from hermes_dist.telemetry.metrics import METRICS, RUN_LABELS, Metric, table_markdown
 
-UNITS = ("seconds", "bytes", "ratio", "millimeters")
+UNITS = ("seconds", "bytes", "ratio", "meters")
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=lambda m: m.name)
@@ -16,7 +16,7 @@ def test_names_units_and_help(metric: Metric) -> None:
     assert re.fullmatch(r"hermes_[a-z0-9_]+", metric.name)
     assert metric.name.endswith("_total") == (metric.kind == "counter")
     stem = metric.name.removesuffix("_total")
-    assert metric.unit == next((unit for unit in UNITS if stem.endswith(unit)), "")
+    assert metric.unit == next((unit for unit in UNITS if stem.endswith(f"_{unit}")), "")
     assert metric.help
     assert not metric.help.endswith(".")
     assert bool(metric.buckets) == (metric.kind == "histogram")

@@ -1,0 +1,77 @@
+"""The dashboards: code and JSON agree, every panel explains itself, every expression uses metrics and labels that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+from hermes_dist.telemetry.metrics import METRICS, RUN_LABELS
+from monitoring.dashboards.__main__ import BOARDS, FOLDER, render
+from monitoring.dashboards.panels import PanelSpec
+
+PANELS = [pytest.param(panel, id=f"{name}-{panel.title}") for name, board in BOARDS.items() for panel in board.panels]
+RULES = yaml.safe_load((FOLDER.parent.parent / "alerts" / "rules.yml").read_text())["groups"][0]["rules"]
+SERIES = re.compile(r"(hermes_[a-z0-9_]+)(?:\{([^}]*)\})?")
+OWN_TITLES = {"Hermes · Run overview", "Hermes · Data path", "Hermes · Per-dataset learning", "Hermes · Distributed health"}
+
+
+def metric_of(series: str) -> str:
+    return next(name for name in (series, re.sub(r"_(bucket|sum|count)$", "", series)) if name in METRICS)
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_committed_json_is_what_the_code_makes(name: str) -> None:
+    assert (FOLDER / f"{name}.json").read_text() == render(BOARDS[name]), "run: python -m monitoring.dashboards"
+
+
+def test_the_five_dashboards_have_their_own_ids() -> None:
+    assert {board.title for board in BOARDS.values()} == OWN_TITLES | {"Hermes · Scaling studies"}
+    assert len({board.uid for board in BOARDS.values()}) == 5
+
+
+@pytest.mark.parametrize("panel", PANELS)
+def test_a_panel_explains_itself_and_asks_for_things_that_exist(panel: PanelSpec) -> None:
+    assert len(panel.description) > 50
+    for expression, _ in panel.queries:
+        for series, selector in SERIES.findall(expression):
+            metric = METRICS[metric_of(series)]
+            labels = set(re.findall(r"([a-z_]+)=~?\"", selector))
+            assert labels <= {*RUN_LABELS, *metric.labels}, series
+            assert series == metric.name or metric.kind == "histogram"
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_panels_fill_the_grid_without_overlap(name: str) -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads((FOLDER / f"{name}.json").read_text())["panels"]:
+        grid = panel["gridPos"]
+        cells = {(x, y) for x in range(grid["x"], grid["x"] + grid["w"]) for y in range(grid["y"], grid["y"] + grid["h"])}
+        assert grid["x"] + grid["w"] <= 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_every_metric_is_shown_or_alerted_on() -> None:
+    text = " ".join(expression for board in BOARDS.values() for panel in board.panels for expression, _ in panel.queries)
+    text += " ".join(rule["expr"] for rule in RULES)
+    used = {metric_of(series) for series, _ in SERIES.findall(text)}
+    not_shown = {
+        "hermes_device_peak_flops",  # MFU is exported beside it
+        "hermes_last_gradient_norm",  # the histogram is shown
+        "hermes_cache_used_bytes",
+        "hermes_checkpoint_step",
+        "hermes_evaluation_duration_seconds",
+        "hermes_telemetry_errors_total",
+    }
+    assert set(METRICS) - used == not_shown
+
+
+def test_alerts_ask_for_metrics_that_exist_and_say_what_to_do() -> None:
+    for rule in RULES:
+        for series, _ in SERIES.findall(rule["expr"]):
+            assert metric_of(series)
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert len(rule["annotations"]["description"]) > 50
