@@ -5,12 +5,13 @@ A row may hold anything; the keys below also reach Prometheus and TensorBoard. A
     step, lr, grad_norm, skipped, step_s, data_wait_s           numbers (skipped: 0 or 1)
     loss, loss_bce, loss_dice, loss_modality                    losses of the global batch
     samples, patches, voxels, flops, mfu                        what *this rank* did in this step
-    step_parts_s   {"forward": s, "backward": s, "optimizer": s, "communication": s, "checkpoint": s}
+    parts_s        {"forward": s, "backward": s, "optimizer": s, "communication": s, "checkpoint": s}
     wait_parts_s   {"storage": s, "decode": s, "augment": s, "transfer": s, "queue": s}
     busy_s         time this rank needed itself (without it: data wait + forward)
-    datasets       {dataset: {"loss_bce": x, "loss_dice": x, …}}
-    tasks          {"dataset/class": {"loss_bce": x, "loss_dice": x, "pairs": n}}
+    dataset_loss   {dataset: {"bce": x, "dice": x, …}}          means over the global batch's pairs
+    task_loss      {"dataset/class": {"bce": x, "dice": x}}
     dataset_samples {dataset: n}                                samples of this rank
+    task_pairs     {"dataset/class": n}                         trained (sample, task) pairs of this rank
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def record_evaluation(split: str, report: Mapping[str, Any], meters: Meters) -> 
 def _record_times(row: Mapping[str, Any], meters: Meters) -> None:
     if "step_s" in row:
         meters.series("hermes_step_duration_seconds", {}).observe(row["step_s"])
-    parts: dict[str, float] = dict(row.get("step_parts_s") or {})
+    parts: dict[str, float] = dict(row.get("parts_s") or {})
     if "data_wait_s" in row:
         parts["data_wait"] = row["data_wait_s"]
     for part, seconds in parts.items():
@@ -92,20 +93,18 @@ def _record_times(row: Mapping[str, Any], meters: Meters) -> None:
 def _record_datasets(row: Mapping[str, Any], meters: Meters) -> None:
     for dataset, count in (row.get("dataset_samples") or {}).items():
         meters.series("hermes_dataset_samples_total", {"dataset": dataset}).inc(count)
-    for dataset, losses in (row.get("datasets") or {}).items():
-        for term, value in _terms(losses):
-            meters.series("hermes_dataset_loss", {"dataset": dataset, "term": term}).set(value)
-    for name, losses in (row.get("tasks") or {}).items():
+    for dataset, losses in (row.get("dataset_loss") or {}).items():
+        for term, value in losses.items():
+            if _finite(value):
+                meters.series("hermes_dataset_loss", {"dataset": dataset, "term": term}).set(value)
+    for name, losses in (row.get("task_loss") or {}).items():
         dataset, _, task = name.partition("/")
-        for term, value in _terms(losses):
-            meters.series("hermes_task_loss", {"dataset": dataset, "task": task, "term": term}).set(value)
-        meters.series("hermes_pairs_total", {"dataset": dataset, "task": task}).inc(losses.get("pairs", 0))
-
-
-def _terms(losses: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in losses.items():
-        if key.startswith("loss") and _finite(value):
-            yield key.removeprefix("loss").removeprefix("_") or "total", value
+        for term, value in losses.items():
+            if _finite(value):
+                meters.series("hermes_task_loss", {"dataset": dataset, "task": task, "term": term}).set(value)
+    for name, count in (row.get("task_pairs") or {}).items():
+        dataset, _, task = name.partition("/")
+        meters.series("hermes_pairs_total", {"dataset": dataset, "task": task}).inc(count)
 
 
 def _finite(value: Any) -> bool:

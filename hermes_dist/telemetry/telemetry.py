@@ -41,8 +41,6 @@ class Telemetry:
         rank: this process; rank 0 alone writes `metrics.jsonl` and TensorBoard events.
         world_size: ranks of the run.
         run_name: label `run` of every metric.
-        next_step: the step that a resumed run goes on with. Rows of metrics.jsonl from there on are dropped, since they are
-            trained and written again: each step appears once. None keeps all.
     """
 
     def __init__(
@@ -52,13 +50,10 @@ class Telemetry:
         rank: int = 0,
         world_size: int = 1,
         run_name: str = "run",
-        next_step: int | None = None,
     ) -> None:
         self._run_dir, self._rank = Path(run_dir), rank
         self._meters = Meters(run_name, rank)
         self._metrics_file = JsonlFile(self._run_dir / "metrics.jsonl") if rank == 0 else None
-        if self._metrics_file and next_step is not None:
-            self._metrics_file.keep_steps_before(next_step)
         self._events_file = JsonlFile(self._run_dir / "stream.jsonl")
         self._tensorboard_on = config.tensorboard and rank == 0
         self._tensorboard: SummaryWriter | None = None
@@ -89,17 +84,17 @@ class Telemetry:
             for name in dataset.class_names:
                 self.add("hermes_pairs_total", 0, dataset=dataset.name, task=name)
 
-    def step(self, row: Mapping[str, Any], local: Mapping[str, Any] | None = None) -> None:
-        """One finished step: a line of metrics.jsonl (rank 0) and the metrics.
+    def resume(self, next_step: int) -> None:
+        """Drop the rows of `next_step` and later, which are trained again, so that each step appears once. Call before `step`."""
+        if self._metrics_file:
+            self._metrics_file.keep_steps_before(next_step)
 
-        Args:
-            row: what the line holds. `telemetry.rows` documents the keys that also become metrics; any other is welcome.
-            local: more keys of that kind which become metrics only: this rank's own counts, losses by class.
-        """
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One finished step: a line of metrics.jsonl (rank 0) and the metrics. `rows` documents the keys; any other is welcome."""
         start = time.perf_counter()
         if self._metrics_file:
             self._metrics_file.append(row)
-        rows.record({**row, **(local or {})}, self._meters)
+        rows.record(row, self._meters)
         if self._tensorboard_on:
             self._write_tensorboard(row)
         self.add("hermes_telemetry_seconds_total", time.perf_counter() - start)

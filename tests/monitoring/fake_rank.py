@@ -28,7 +28,7 @@ def row(step: int, rank: int) -> dict[str, object]:
         "voxels": 2 * 32**3,
         "flops": 1e9,
         "mfu": 0.3,
-        "step_parts_s": {
+        "parts_s": {
             "forward": 0.06 + 0.01 * rank,
             "backward": 0.1,
             "optimizer": 0.01,
@@ -36,8 +36,9 @@ def row(step: int, rank: int) -> dict[str, object]:
             "checkpoint": 0.0,
         },
         "wait_parts_s": {"storage": 0.003, "decode": 0.001},
-        "datasets": {"lits": {"loss_bce": 0.4, "loss_dice": 0.5}},
-        "tasks": {"lits/liver": {"loss_bce": 0.4, "loss_dice": 0.5, "pairs": 2}},
+        "dataset_loss": {"lits": {"bce": 0.4, "dice": 0.5}},
+        "task_loss": {"lits/liver": {"bce": 0.2, "dice": 0.4}, "kits/kidney": {"bce": float("nan")}},
+        "task_pairs": {"lits/liver": 5, "kits/kidney": 3},
         "dataset_samples": {"lits": 2},
     }
 
