@@ -90,7 +90,7 @@ class Telemetry:
             self._metrics_file.keep_steps_before(next_step)
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """One finished step: a line of metrics.jsonl (rank 0) and the metrics. `rows` documents the keys; any other is welcome."""
+        """One finished step: a line of metrics.jsonl (rank 0), and metrics. `rows` documents the keys; others are welcome."""
         start = time.perf_counter()
         if self._metrics_file:
             self._metrics_file.append(row)

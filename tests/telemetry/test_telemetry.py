@@ -45,10 +45,8 @@ ROW: dict[str, Any] = {
     "parts_s": {"forward": 0.5, "backward": 0.8, "optimizer": 0.1},
     "wait_parts_s": {"storage": 0.06, "decode": 0.04},
     "dataset_loss": {"lits": {"bce": 0.3, "dice": 0.5}, "kits": {"total": 0.7}},
-    "tasks": {
-        "lits/liver": {"loss_bce": 0.2, "loss_dice": 0.4, "pairs": 5},
-        "kits/kidney": {"loss": float("nan"), "pairs": 3},
-    },
+    "task_loss": {"lits/liver": {"bce": 0.2, "dice": 0.4}, "kits/kidney": {"bce": float("nan")}},
+    "task_pairs": {"lits/liver": 5, "kits/kidney": 3},
     "dataset_samples": {"lits": 5, "kits": 3},
 }
 
