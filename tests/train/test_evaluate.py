@@ -1,0 +1,274 @@
+"""Evaluation of whole scans: right numbers for known answers, honest handling of what goes wrong, a queue that cannot hang."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from hermes_dist.errors import CorruptShardError, UsageError
+from hermes_dist.train import evaluate as ev
+from hermes_dist.train.evaluate_queue import WorkQueue
+from hermes_dist.train.evaluate_slices import read_slice, save_slice, telling_plane
+from tests.train.tiny_run import TASKS, Oracle, label_of, make_config, make_store
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> ev.Job:
+    config = make_config(tmp_path)
+    return ev.Job(config.run_dir, config, [make_store(tmp_path / "store")], TASKS, "test", "0123")
+
+
+def test_a_perfect_model_scores_one_everywhere(job):
+    result = ev.evaluate(Oracle(TASKS).eval(), job)
+    assert result is not None
+    assert result["mean"]["dice"] == result["mean"]["nsd"] == 1.0
+    assert result["mean"]["hd95_mm"] == 0.0
+    assert [(c["dataset"], c["task"], c["n"], c["n_with_reference"]) for c in result["per_class"]] == [
+        ("organs", "liver", 2, 2),
+        ("organs", "tumour", 2, 1),
+        ("brains", "stem", 2, 2),
+        ("brains", "liver", 2, 2),
+    ]
+    assert result["failed"] == []
+
+
+def test_the_file_is_written_with_its_policy(job):
+    ev.evaluate(Oracle(TASKS).eval(), job)
+    written = json.loads((job.run_dir / "evaluation" / "test.json").read_text())
+    assert set(written["mean"]) >= {"dice", "nsd", "hd95_mm", "dice_ci"}
+    assert set(written["per_class"][0]) >= {"dataset", "task", "n", "dice", "dice_ci"}
+    assert written["policy"]["empty_reference"] == "count"
+    assert written["policy"]["cases_by_grid"] == {"original": 0, "stored": 4}
+    assert written["policy"]["window_vox_zyx"] == [16, 16, 16]
+    assert not [p for p in (job.run_dir / "evaluation").iterdir() if p.name.startswith(".")]
+
+
+def test_a_shifted_model_is_measured_in_mm(job):
+    """Masks two voxels too far along x, 3 mm: independent arithmetic on the label gives the same Dice."""
+    result = ev.evaluate(Oracle(TASKS, shift=2).eval(), job)
+    assert result is not None
+    stem = next(c for c in result["cases"] if (c["case_id"], c["class"]) == ("b0", "stem"))
+    reference = label_of(0) == 1
+    assert stem["hd95_mm"] == pytest.approx(3.0)
+    assert 0 < stem["dice"] < 1
+    assert stem["reference_vox"] == reference.sum()
+    assert stem["nsd"] < 1
+
+
+def test_missed_and_false_structures_are_counted(job):
+    class Wrong(Oracle):
+        """Never sees `organs/tumour`, and sees `brains/liver` everywhere."""
+
+        def forward(self, image, task_ids, modality_ids):
+            output = super().forward(image, task_ids, modality_ids)
+            for column, task in enumerate(task_ids[0].tolist()):
+                if task == 1:
+                    output.mask_logits[:, column] = -10
+                if task == 3:
+                    output.mask_logits[:, column] = 10
+            return output
+
+    result = ev.evaluate(Wrong(TASKS).eval(), job)
+    assert result is not None
+    tumour = result["per_class"][1]
+    assert (tumour["missed"], tumour["dice"], tumour["n"]) == (1, 0.5, 2)  # a1 has none, and none was predicted
+    assert tumour["dice_by_policy"] == {"count": 0.5, "nnunet": 0.0, "skip": 0.0}
+    assert tumour["hd95_mm"] == pytest.approx(1.5 * np.linalg.norm([20, 18, 16]) / 2, abs=1e-3)
+
+
+def test_unannotated_voxels_do_not_count(job):
+    class Everywhere(Oracle):
+        def forward(self, image, task_ids, modality_ids):
+            output = super().forward(image, task_ids, modality_ids)
+            output.mask_logits[(image.abs() - 9).abs().expand_as(output.mask_logits) < 0.5] = 10
+            return output
+
+    result = ev.evaluate(Everywhere(TASKS).eval(), job)
+    assert result is not None
+    assert result["mean"]["dice"] == 1.0
+
+
+def test_raw_references_are_scored_on_the_original_grid(job):
+    raw = {("organs", "a0"): np.flip(label_of(0), 2)}
+    job = ev.Job(job.run_dir, job.config, job.stores, TASKS, "test", "x", lambda row: raw.get((row.dataset, row.case_id)))
+    result = ev.evaluate(Oracle(TASKS).eval(), job)
+    assert result is not None
+    assert result["policy"]["cases_by_grid"] == {"original": 1, "stored": 3}
+    assert result["mean"]["dice"] == 1.0
+
+
+def test_a_corrupt_case_is_listed_and_the_others_go_on(job, monkeypatch):
+    store = job.stores[0]
+    read = store.read_case
+
+    def broken(row):
+        if row.case_id == "a1":
+            raise CorruptShardError("zarr/organs/a1: checksum does not match")
+        return read(row)
+
+    monkeypatch.setattr(store, "read_case", broken)
+    result = ev.evaluate(Oracle(TASKS).eval(), job)
+    assert result is not None
+    assert [(f["dataset"], f["case_id"]) for f in result["failed"]] == [("organs", "a1")]
+    assert "checksum" in result["failed"][0]["reason"]
+    assert result["mean"]["n_cases"] == 3
+
+
+def test_nan_logits_fail_that_case_only(job):
+    class Nan(Oracle):
+        def forward(self, image, task_ids, modality_ids):
+            output = super().forward(image, task_ids, modality_ids)
+            if int(task_ids[0, 0]) == 2:
+                output.mask_logits[0, 0, 0, 0, 0] = float("nan")
+            return output
+
+    result = ev.evaluate(Nan(TASKS).eval(), job)
+    assert result is not None
+    assert [f["case_id"] for f in result["failed"]] == ["b0", "b2"]
+
+
+def test_an_empty_split_is_a_usage_error(job):
+    with pytest.raises(UsageError, match="split 'tset'.*Did you mean 'test'"):
+        ev.evaluate(Oracle(TASKS), ev.Job(job.run_dir, job.config, job.stores, TASKS, "tset", "x"))
+
+
+def test_max_cases(job, tmp_path):
+    config = make_config(tmp_path, evaluate={"max_cases": 1})
+    result = ev.evaluate(Oracle(TASKS), ev.Job(job.run_dir, config, job.stores, TASKS, "test", "x"))
+    assert result is not None
+    assert [d["n"] for d in result["per_dataset"]] == [1, 1]
+
+
+def test_slices_show_what_was_scored(job):
+    ev.evaluate(Oracle(TASKS).eval(), job)
+    files = sorted((job.run_dir / "evaluation" / "test.slices").iterdir())
+    assert [f.name for f in files] == ["brains_b0.npz", "brains_b2.npz", "organs_a0.npz", "organs_a1.npz"]
+    piece = read_slice(files[2])
+    label = label_of(0)
+    assert (piece.case, piece.names, piece.z) == ("organs/a0", ["liver", "tumour"], 6)
+    np.testing.assert_array_equal(piece.reference[1], label[6] == 2)
+    np.testing.assert_array_equal(piece.prediction, piece.reference)
+
+
+def test_slice_of_an_empty_case(tmp_path):
+    nothing = np.zeros((5, 4, 4), bool)
+    assert telling_plane([("x", nothing, nothing)]) == 2
+    path = save_slice(tmp_path, "a/b c", np.zeros((5, 4, 4), np.float32), [("x", nothing, nothing)], (1.0, 1.0, 1.0))
+    assert path.name == "a_b_c.npz"
+    assert not read_slice(path).reference.any()
+
+
+# The queue
+
+
+def test_queue_computes_everything_once(tmp_path):
+    queue, seen = WorkQueue(tmp_path / "q", 5), []
+    queue.prepare()
+    queue.work(lambda i: seen.append(i) or {"i": i})
+    assert seen == [0, 1, 2, 3, 4]
+    assert [r["i"] for r in queue.results()] == seen
+
+
+def test_worker_zero_takes_over_from_the_dead(tmp_path):
+    """Claims without results (a killed worker's) are computed by worker 0; nobody waits."""
+    queue = WorkQueue(tmp_path / "q", 4)
+    queue.prepare()
+    for index in (0, 2):
+        (queue.folder / f"{index:06d}.claim").touch()
+    queue.work(lambda i: {"i": i}, worker=1)
+    assert sorted(p.name for p in queue.folder.glob("*.json")) == ["000001.json", "000003.json"]
+    queue.work(lambda i: {"i": i}, worker=0)
+    assert [r["i"] for r in queue.results()] == [0, 1, 2, 3]
+
+
+def test_an_interrupted_queue_goes_on(tmp_path):
+    queue = WorkQueue(tmp_path / "q", 4)
+    queue.prepare()
+
+    def stop_at_two(i: int) -> dict:
+        if i == 2:
+            raise KeyboardInterrupt
+        return {"i": i}
+
+    with pytest.raises(KeyboardInterrupt):
+        queue.work(stop_at_two)
+    again, seen = WorkQueue(tmp_path / "q", 4), []
+    assert again.prepare() == 2
+    again.work(lambda i: seen.append(i) or {"i": i})
+    assert seen == [2, 3]
+
+
+def test_late_workers_of_a_removed_queue_stop(tmp_path):
+    queue = WorkQueue(tmp_path / "q", 3)
+    queue.prepare()
+
+    def remove_and_answer(i: int) -> dict:
+        queue.remove()
+        return {"i": i}
+
+    queue.work(remove_and_answer, worker=1)
+    assert not queue.folder.exists()
+
+
+def _worker(folder: str, worker: int) -> None:
+    def compute(i: int) -> dict:
+        if worker == 1 and i == 1:
+            os._exit(9)  # dies in the middle of a case
+        return {"i": i, "worker": worker}
+
+    WorkQueue(Path(folder), 8).work(compute, worker=worker)
+
+
+@pytest.mark.multiproc
+def test_processes_share_the_work_and_a_death_changes_nothing(tmp_path):
+    queue = WorkQueue(tmp_path / "q", 8)
+    queue.prepare()
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_worker, args=(str(queue.folder), w)) for w in (1, 2, 0)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(60)
+    assert [r["i"] for r in queue.results()] == list(range(8))
+
+
+def test_during_training_writes_history_and_gauges(job, tmp_path, monkeypatch):
+    class Engine:
+        def averaged_weights(self):
+            return {"anchor": torch.zeros(1)}
+
+    class Run:
+        rank, world_size, device = 0, 1, torch.device("cpu")
+        lines: ClassVar[list[str]] = []
+
+        def barrier(self):
+            pass
+
+        def say(self, text):
+            self.lines.append(text)
+
+    class Gauges:
+        seen: ClassVar[dict] = {}
+
+        def evaluation(self, split, report):
+            self.seen[split] = report["mean"]["dice"]
+
+        def observe(self, name, value):
+            self.seen[name] = value
+
+    monkeypatch.setattr("hermes_dist.train.predict.build_model", lambda config, tasks: Oracle(tasks))
+    config = make_config(tmp_path, evaluate={"split": "test", "bootstrap": 0})
+    for step in (10, 20):
+        ev.evaluate_during_training(Engine(), config, job.stores, TASKS, Run(), Gauges(), step)
+    lines = [json.loads(line) for line in (config.run_dir / "evaluation" / "history.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["mean"]["dice"]) for line in lines] == [(10, 1.0), (20, 1.0)]
+    assert Gauges.seen["test"] == 1.0
+    assert Gauges.seen["hermes_evaluation_duration_seconds"] > 0
+    assert "mean Dice on test 1.000" in Run.lines[0]
