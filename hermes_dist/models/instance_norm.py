@@ -1,0 +1,69 @@
+"""InstanceNorm without parameters, on channels-last maps, with the statistics kept so that the result can be redone.
+
+Torch's own instance norm copies channels-last maps to the plain layout and back, and its channels-last batch norm sums the
+squares without pairwise accumulation (relative error of the variance 4e-5 for 64^3 voxels). Here a map is a matrix of voxels
+times channels: column sums are pairwise, so exact to about 1e-7, and fast.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+class Statistics(NamedTuple):
+    """Per sample and channel, in float32 (float64 for float64 maps)."""
+
+    mean: Float[Tensor, "B 1 C"]
+    invstd: Float[Tensor, "B 1 C"]
+
+
+def rows_of(x: Float[Tensor, "B C *grid"]) -> Float[Tensor, "B N C"]:
+    """Voxels x channels; a view where the map is channels-last."""
+    return x.movedim(1, -1).flatten(1, -2)
+
+
+def map_of(rows: Float[Tensor, "B N C"], like: Float[Tensor, "B C *grid"]) -> Float[Tensor, "B C *grid"]:
+    """Inverse of `rows_of`, a channels-last view."""
+    return rows.unflatten(1, like.shape[2:]).movedim(-1, 1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def normalise(x: Float[Tensor, "B N C"], eps: float) -> tuple[Float[Tensor, "B N C"], Statistics]:
+    """(x - mean) / sqrt(var + eps) per sample and channel, in float32 or wider, and the statistics."""
+    mean = x.sum(1, keepdim=True, dtype=_wide(x)).div_(x.shape[1])
+    centred = x - mean
+    invstd = centred.square().sum(1, keepdim=True).div_(x.shape[1]).add_(eps).rsqrt_()
+    return centred.mul_(invstd), Statistics(mean, invstd)
+
+
+def normalise_again(x: Float[Tensor, "B N C"], stats: Statistics) -> Float[Tensor, "B N C"]:
+    """The result of `normalise` from its statistics (equal to rounding), in one pass over x."""
+    return torch.addcmul(-stats.mean * stats.invstd, x, stats.invstd)
+
+
+def nr_backward(
+    g: Float[Tensor, "B N C"], a: Float[Tensor, "B N C"], normed: Float[Tensor, "B N C"], stats: Statistics
+) -> Float[Tensor, "B N C"]:
+    """Gradient of ReLU(InstanceNorm(x)) with respect to x.
+
+    Args:
+        g: gradient of the result; overwritten.
+        a: the result.
+        normed: what `normalise` returned; overwritten with the gradient.
+        stats: its statistics.
+    """
+    g = _aten.threshold_backward.grad_input(g, a, 0, grad_input=g)
+    n = g.shape[1]
+    g_mean = g.sum(1, keepdim=True, dtype=normed.dtype).div_(n)
+    g_slope = (g * a).sum(1, keepdim=True, dtype=normed.dtype).div_(n)
+    torch.addcmul(-g_mean * stats.invstd, normed, -g_slope * stats.invstd, out=normed)
+    return normed.addcmul_(g, stats.invstd)

@@ -1,0 +1,212 @@
+"""The residual block as one differentiable operation: InstanceNorm, ReLU and convolution, without keeping what is cheap to redo.
+
+A pre-activated block computes  out = conv2(nr(conv1(nr(x)))) + shortcut(x),  nr = ReLU(InstanceNorm(·)).  Plain modules keep the
+result of every nr for the backward pass, and norm the input twice where the shortcut is a convolution (it has the same
+parameterless norm). Here the backward pass redoes nr from the saved statistics (memory-bound, cheap), so that a block keeps its
+input and the result of conv1 only; with `recompute` also the latter goes, at the price of one more convolution.
+
+The input may come in two parts, a skip and a low-resolution map that is upsampled to the skip's grid. Norm works per channel and
+convolution is linear, so both parts are treated one after the other: the concatenation is never built, and the upsampled map is
+redone in the backward pass.
+
+Activations are channels-last (the CPU and tensor-core kernels want that); weights and their gradients stay contiguous, because
+DeepSpeed flattens them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.nn import functional
+
+from hermes_dist.models.instance_norm import Statistics, map_of, normalise, normalise_again, nr_backward, rows_of
+
+_aten = torch.ops.aten
+NORM_EPS = 1e-4
+_HALF = (torch.bfloat16, torch.float16)
+Triple = tuple[int, int, int]
+
+
+class _Part(NamedTuple):
+    """One part of a block's input: a map, and the grid to which it is upsampled (None: it has that grid already)."""
+
+    values: Tensor
+    upsample_to: Triple | None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The same values with the channel axis innermost in memory."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def upsample(x: Float[Tensor, "B C z y x"], grid_vox_zyx: Sequence[int]) -> Float[Tensor, "B C Z Y X"]:
+    """Trilinear upsampling with aligned corners, computed in float32 whatever the input's type (facts 1.2)."""
+    up = functional.interpolate(
+        x.float() if x.dtype in _HALF else x, size=tuple(grid_vox_zyx), mode="trilinear", align_corners=True
+    )
+    return channels_last(up).to(x.dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _conv(a: Tensor, weight: Tensor) -> Tensor:
+    return functional.conv3d(a, weight.to(a.dtype), padding=weight.shape[-1] // 2)
+
+
+def _conv_backward(g: Tensor, a: Tensor, weight: Tensor, want: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    pad = [weight.shape[-1] // 2] * 3
+    ga, gw, _ = _aten.convolution_backward(
+        g, a, weight.to(a.dtype), None, [1] * 3, pad, [1] * 3, False, [0] * 3, 1, [want[0], want[1], False]
+    )
+    return ga, gw
+
+
+def _full_map(part: _Part) -> Tensor:
+    return part.values if part.upsample_to is None else upsample(part.values, part.upsample_to)
+
+
+def _first_half(parts: Sequence[_Part], weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Statistics]]:
+    """The sum over the parts of conv(nr(part)), for each of `weights` (conv1 and the shortcut), and the parts' statistics."""
+    sums: list[Tensor] = []
+    statistics: list[Statistics] = []
+    start = 0
+    for part in parts:
+        x = _full_map(part)
+        a, stats = _nr(x, dtype)
+        statistics.append(stats)
+        stop = start + x.shape[1]
+        results = [_conv(a, w[:, start:stop]) for w in weights]
+        sums = [s.add_(r) for s, r in zip(sums, results, strict=True)] if sums else results
+        start = stop
+    return sums, statistics
+
+
+def _nr(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Statistics]:
+    normed, stats = normalise(rows_of(x), NORM_EPS)
+    return map_of(normed.relu_().to(dtype), x), stats
+
+
+def _conv_unit_backward(
+    x: Tensor, stats: Statistics, weights: Sequence[Tensor], grads: Sequence[Tensor], wants: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of x and of each of `weights` for conv(nr(x)) with each of them. `wants`: x, then each weight."""
+    normed = normalise_again(rows_of(x), stats)
+    a = map_of(normed.relu().to(grads[0].dtype), x)
+    ga: Tensor | None = None
+    gws: list[Tensor | None] = []
+    for weight, g, want_weight in zip(weights, grads, wants[1:], strict=True):
+        piece, gw = _conv_backward(g, a, weight, (wants[0], want_weight))
+        gws.append(gw)
+        if piece is not None:
+            ga = piece if ga is None else ga.add_(piece)
+    if ga is None:
+        return None, gws
+    gx = nr_backward(rows_of(channels_last(ga)), rows_of(a), normed, stats)
+    return map_of(gx.to(x.dtype), x), gws
+
+
+def _part_backward(
+    part: _Part, stats: Statistics, weights: Sequence[Tensor], grads: Sequence[Tensor], wants: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    gx, gws = _conv_unit_backward(_full_map(part), stats, weights, grads, wants)
+    if gx is not None and part.upsample_to is not None:
+        wide = gx.float() if gx.dtype in _HALF else gx
+        gx = _aten.upsample_trilinear3d_backward(wide, list(part.upsample_to), list(part.values.shape), True).to(gx.dtype)
+    return gx, gws
+
+
+class _ResidualBlock(Function):
+    """forward(recompute, grid, n_parts, *parts, w1, w2[, shortcut]) -> out. See the module's head."""
+
+    @staticmethod
+    def forward(ctx: Any, recompute: bool, n_parts: int, *tensors: Tensor | None) -> Tensor:
+        values, (w1, w2, shortcut) = [t for t in tensors[:n_parts] if t is not None], tensors[n_parts:]
+        assert w1 is not None
+        assert w2 is not None
+        dtype = _compute_dtype(values[0])
+        parts = _parts(values)
+        with torch.autocast(values[0].device.type, enabled=False):
+            firsts, statistics = _first_half(parts, [w1] if shortcut is None else [w1, shortcut], dtype)
+            h = firsts[0]
+            a, h_stats = _nr(h, dtype)
+            out = _conv(a, w2)
+            out = out.add_(values[0] if shortcut is None else firsts[1])
+        flat = [t for s in [*statistics, h_stats] for t in s]
+        ctx.save_for_backward(*values, w1, w2, shortcut, None if recompute else h, *flat)
+        ctx.n_parts, ctx.dtype = n_parts, dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        n = ctx.n_parts
+        saved = ctx.saved_tensors
+        values, (w1, w2, shortcut, h), flat = saved[:n], saved[n : n + 4], saved[n + 4 :]
+        statistics = [Statistics(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
+        parts = _parts(values)
+        wants = ctx.needs_input_grad[2:]
+        with torch.autocast(g.device.type, enabled=False):
+            g = channels_last(g.to(ctx.dtype))
+            if h is None:
+                h = _first_half(parts, [w1], ctx.dtype)[0][0]
+            gh, (gw2,) = _conv_unit_backward(h, statistics[-1], [w2], [g], [True, wants[n + 1]])
+            assert gh is not None
+            del h
+            weights, grads, slots = ([w1], [gh], [n]) if shortcut is None else ([w1, shortcut], [gh, g], [n, n + 2])
+            gxs: list[Tensor | None] = []
+            pieces: list[list[Tensor | None]] = [[] for _ in weights]
+            start = 0
+            for i, part in enumerate(parts):
+                stop = start + part.values.shape[1]
+                sliced = [w[:, start:stop] for w in weights]
+                gx, gws = _part_backward(part, statistics[i], sliced, grads, [wants[i], *(wants[s] for s in slots)])
+                gxs.append(gx)
+                for column, gw in zip(pieces, gws, strict=True):
+                    column.append(gw)
+                start = stop
+            if shortcut is None and gxs[0] is not None:
+                gxs[0] = gxs[0].add_(g)
+        gw1 = _join(pieces[0], w1)
+        gws_shortcut = None if shortcut is None else _join(pieces[1], shortcut)
+        gw2 = None if gw2 is None else gw2.to(w2.dtype).contiguous()
+        return None, None, *gxs, gw1, gw2, gws_shortcut
+
+
+def _parts(values: Sequence[Tensor]) -> list[_Part]:
+    grid = values[0].shape[2:]
+    return [_Part(values[0], None), *(_Part(v, (grid[0], grid[1], grid[2])) for v in values[1:])]
+
+
+def _join(pieces: Sequence[Tensor | None], weight: Tensor) -> Tensor | None:
+    """One contiguous gradient of the weight's type from its slices' gradients along the input channels."""
+    known = [p for p in pieces if p is not None]
+    if not known:
+        return None
+    return (known[0] if len(known) == 1 else torch.cat(known, dim=1)).to(weight.dtype).contiguous()
+
+
+def residual_block(
+    parts: Sequence[Float[Tensor, "B _ _ _ _"]],
+    w1: Float[Tensor, "O I k k k"],
+    w2: Float[Tensor, "O O k k k"],
+    *,
+    shortcut: Float[Tensor, "O I k k k"] | None = None,
+    recompute: bool = False,
+) -> Float[Tensor, "B O Z Y X"]:
+    """Pre-activated residual block (facts 1.2) over the channel concatenation of `parts`.
+
+    Args:
+        parts: the map on the output's grid; then maps that are upsampled to it. Their channels follow one another.
+        w1, w2: 3x3x3 kernels.
+        shortcut: kernel of the shortcut convolution; None = identity (then there is one part of O channels).
+        recompute: keep only the inputs, and redo the first convolution in the backward pass.
+    """
+    return _ResidualBlock.apply(recompute, len(parts), *(channels_last(p) for p in parts), w1, w2, shortcut)

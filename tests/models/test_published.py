@@ -1,0 +1,52 @@
+"""Numbers of the published implementation: logits, losses, gradient norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hermes_dist.models.published import from_state_dict, rename
+from hermes_dist.seg.losses import pair_losses
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.detach() - b).norm() / b.norm())
+
+
+def test_reference_vectors(vector: Any) -> None:
+    facts, valid = vector.facts, vector.task_ids >= 0
+    model = from_state_dict(vector.state)
+    assert sum(p.numel() for p in model.parameters()) == facts["parameters"]
+    output = model(vector.image, vector.task_ids, vector.modality_ids)
+    heads = [output.mask_logits] if output.aux_logits is None else [output.mask_logits, output.aux_logits]
+    for i, logits in enumerate(heads):
+        assert relative(logits, vector.arrays[f"logits_{i}"]) < 1e-4
+    assert relative(output.modality_logits, vector.arrays["mod_logits"]) < 1e-4
+
+    total = torch.zeros(())
+    for i, logits in enumerate(heads):
+        bce, tversky = pair_losses(logits, vector.labels, overlap="tversky")
+        bce, tversky = bce[valid].mean(), tversky[valid].mean()
+        assert bce.item() == pytest.approx(facts["loss"]["bce"][i], rel=1e-5)
+        assert tversky.item() == pytest.approx(facts["loss"]["tversky"][i], rel=1e-5)
+        total = total + (bce + tversky) / len(heads)
+    modality = functional.cross_entropy(output.modality_logits, vector.modality_ids)
+    assert modality.item() == pytest.approx(facts["loss"]["modality_ce"], rel=1e-5)
+    total = total + 0.01 * modality
+    assert total.item() == pytest.approx(facts["loss"]["total"], rel=1e-5)
+
+    total.backward()
+    own = dict(model.named_parameters())
+    for published, mine in rename(vector.state).items():
+        grad = own[mine].grad
+        assert grad is not None
+        if mine.endswith(".task"):
+            null = own[f"{mine.removesuffix('.task')}.null"].grad
+            assert null is not None
+            grad = torch.cat([grad, null])
+        # The reference itself is up to 1.6e-3 from float64; some norms are zero in exact arithmetic.
+        expected = facts["grad_norms"][published]
+        assert float(grad.norm()) == pytest.approx(expected, rel=2e-3, abs=1e-6), published
