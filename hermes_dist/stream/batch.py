@@ -1,0 +1,137 @@
+"""Batches: samples of several datasets, side by side, as tensors.
+
+Labels stay one integer map per sample until they are on the device; `Batch.targets` expands them there. A sample's classes
+fill its first columns; what is left is padding (task id -1, pair mask false). A filler sample has no valid pair at all: it
+only keeps the number of forward passes equal on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hermes_dist.config import Vox3
+from hermes_dist.stream.reader import Sample
+from hermes_dist.tasks import TaskTable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    B samples, T = most classes of any of them, V = label values. image (B, 1, Z, Y, X) float32; label (B, Z, Y, X) int16 or
+    int32; class_values (B, T, V) bool: label value v belongs to column t; task_ids (B, T) int64, -1 = padding; modality_ids,
+    modality_targets (-1 = not stated, or filler), dataset_ids, ignore_values (-1 = none): (B,) int64; pair_mask (B, T) bool.
+    """
+
+    image: Tensor
+    label: Tensor
+    class_values: Tensor
+    task_ids: Tensor
+    modality_ids: Tensor
+    modality_targets: Tensor
+    dataset_ids: Tensor
+    ignore_values: Tensor
+    pair_mask: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """This batch on another device."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+
+    def targets(self) -> Tensor:
+        """(B, T, Z, Y, X) bool: does the voxel belong to the class of column t? False in padding columns."""
+        value = torch.arange(self.class_values.shape[2], device=self.label.device)
+        width = max(int(self.class_values.sum(dim=2).max()), 1)
+        # The values of each column in ascending order, -1 behind the last: mostly one, so that one comparison does it.
+        ordered = torch.where(self.class_values, value, value.numel()).sort(dim=2).values[:, :, :width]
+        ordered = torch.where(ordered == value.numel(), -1, ordered).to(self.label.dtype)[:, :, :, None, None, None]
+        label = self.label[:, None]
+        hit = label == ordered[:, :, 0]
+        for i in range(1, width):
+            hit |= label == ordered[:, :, i]
+        return hit
+
+    def valid_voxels(self) -> Tensor | None:
+        """(B, 1, Z, Y, X) bool, false where nobody annotated (the dataset's ignore value); None if no sample has one."""
+        if not bool((self.ignore_values >= 0).any()):
+            return None
+        return (self.label != self.ignore_values.to(self.label.dtype)[:, None, None, None])[:, None]
+
+
+@dataclass
+class StepBatch:
+    """What a rank consumes in one global step.
+
+    `pair_count` and `modality_count` are global: valid (sample, task) pairs and stated modalities of the whole step.
+    `identities` and `positions` describe the real local samples in order. `wait_parts_s` sums to `data_wait_s`.
+    """
+
+    step: int
+    micro_batches: list[Batch]
+    pair_count: int
+    modality_count: int
+    identities: np.ndarray[Any, np.dtype[np.int64]]
+    positions: np.ndarray[Any, np.dtype[np.int64]]
+    data_wait_s: float = 0.0
+    wait_parts_s: dict[str, float] = field(default_factory=dict[str, float])
+    events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+class Collator:
+    """Makes batches of samples of one task table."""
+
+    def __init__(self, tasks: TaskTable, patch_vox_zyx: Vox3) -> None:
+        self.tasks = tasks
+        self.patch = patch_vox_zyx
+        values = [v for d in tasks.datasets for c in d.classes for v in c.values]
+        ignored = [d.ignore_value for d in tasks.datasets if d.ignore_value is not None]
+        self.n_values = 1 + max([0, *values, *ignored])
+        self.label_dtype = np.int16 if self.n_values <= 2**15 else np.int32
+        self.pairs = np.asarray([len(d.classes) for d in tasks.datasets], np.int64)
+        self.modality_targets = np.asarray([tasks.modality_target(d.modality) for d in tasks.datasets], np.int64)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """One batch; without samples one filler (zeros, the first dataset's tasks, no valid pair)."""
+        chosen = [s.dataset for s in samples] or [0]
+        n, width = len(chosen), int(max(self.pairs[d] for d in chosen))
+        image = np.zeros((n, 1, *self.patch), np.float32) if not samples else np.empty((n, 1, *self.patch), np.float32)
+        label = np.zeros((n, *self.patch), self.label_dtype) if not samples else np.empty((n, *self.patch), self.label_dtype)
+        class_values = np.zeros((n, width, self.n_values), bool)
+        task_ids = np.full((n, width), -1, np.int64)
+        for i, sample in enumerate(samples):
+            image[i, 0], label[i] = sample.image, sample.label
+        for i, d in enumerate(chosen):
+            for t, c in enumerate(self.tasks.datasets[d].classes):
+                task_ids[i, t] = c.task_id
+                class_values[i, t, list(c.values)] = True
+        real = np.full(n, bool(samples))
+        datasets = [self.tasks.datasets[d] for d in chosen]
+        ignored = [-1 if d.ignore_value is None else d.ignore_value for d in datasets]
+        return Batch(
+            image=torch.from_numpy(image),
+            label=torch.from_numpy(label),
+            class_values=torch.from_numpy(class_values),
+            task_ids=torch.from_numpy(task_ids),
+            modality_ids=torch.tensor([self.tasks.modality_id(d.modality) for d in datasets], dtype=torch.int64),
+            modality_targets=torch.from_numpy(np.where(real, self.modality_targets[chosen], -1)),
+            dataset_ids=torch.tensor(chosen, dtype=torch.int64),
+            ignore_values=torch.tensor(ignored, dtype=torch.int64),
+            pair_mask=torch.from_numpy((task_ids >= 0) & real[:, None]),
+        )
+
+
+def local_part(step: int, global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Positions [start, stop) of a rank in a global step: the rank-th contiguous part, parts differing by at most one."""
+    first = step * global_batch
+    return first + rank * global_batch // world_size, first + (rank + 1) * global_batch // world_size
+
+
+def micro_batch_count(global_batch: int, world_size: int, micro_batch: int) -> int:
+    """Forward passes per step: what the largest part needs, and so the same on every rank."""
+    return math.ceil(math.ceil(global_batch / world_size) / micro_batch)

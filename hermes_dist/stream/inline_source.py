@@ -1,0 +1,40 @@
+"""The inline source: samples read in the training process, one after another. For debugging, tests and tiny runs.
+
+What it yields is bit-identical to the ray source, because both run the same reader on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hermes_dist.stream.plan import PlanRows
+from hermes_dist.stream.reader import Reader, Sample
+
+RUN = 64
+
+
+def read_run(reader: Reader, positions: range) -> Iterator[Sample]:
+    """Samples of consecutive positions, in order."""
+    for start in range(positions.start, positions.stop, RUN):
+        rows: PlanRows = reader.plan.rows(start, min(start + RUN, positions.stop))
+        for index in range(len(rows)):
+            yield reader.read(rows, index)
+
+
+class InlineSource:
+    """Yields the samples of a sequence of position ranges, in order."""
+
+    def __init__(self, reader: Reader, parts: Iterator[range]) -> None:
+        self._reader = reader
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[Sample]:
+        for part in self._parts:
+            yield from read_run(self._reader, part)
+
+    def gauges(self) -> dict[str, float]:
+        """No workers, no object store: nothing to report."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to release."""

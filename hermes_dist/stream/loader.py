@@ -1,0 +1,278 @@
+"""The loader: a rank's samples, cut into the global steps of training.
+
+A feeder thread takes samples from the source (ray or inline), builds whole steps and keeps a few ready; the training loop
+takes them from a bounded queue. Every wait has a limit and says what it waited for. The time a rank really waited is measured
+and shared out among what the awaited samples spent their time on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from hermes_dist.config import Config
+from hermes_dist.errors import ConfigError, QuarantineLimitError, WaitTimeoutError
+from hermes_dist.stream.batch import Collator, StepBatch, local_part, micro_batch_count
+from hermes_dist.stream.inline_source import InlineSource
+from hermes_dist.stream.prepare import build_reader
+from hermes_dist.stream.reader import Reader, Sample, Store
+from hermes_dist.tasks import TaskTable
+from hermes_dist.telemetry.telemetry import Telemetry
+
+POLL_S = 0.5
+CAUSES = ("storage", "decode", "augment", "transfer", "queue")
+
+
+class Source(Protocol):
+    """Samples of this rank, in order."""
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    def gauges(self) -> dict[str, float]:
+        """Values for metrics, by metric name."""
+        ...
+
+    def close(self) -> None:
+        """Release workers and memory."""
+        ...
+
+
+def open_stream(
+    config: Config,
+    stores: Sequence[Store],
+    tasks: TaskTable,
+    *,
+    rank: int,
+    world_size: int,
+    start_step: int,
+    telemetry: Telemetry | None,
+) -> Stream:
+    """Open this rank's stream of global steps start_step, start_step + 1, … to `train.max_steps`.
+
+    Raises:
+        ConfigError: whatever can be found wrong before the first step (see `prepare.build_reader`).
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} of a world of {world_size}: expected 0 <= rank < world size")
+    reader, notes = build_reader(config, stores, tasks)
+    parts = local_ranges(config, rank, world_size, start_step)
+    if config.stream.backend == "ray" and config.stream.workers > 0:
+        # Imported here so that an inline run neither needs nor loads Ray (a second of start-up).
+        from hermes_dist.stream.ray_source import RaySource
+
+        source: Source = RaySource(reader, parts, config.stream, rank=rank, world_size=world_size)
+    else:
+        source = InlineSource(reader, parts)
+    stream = Stream(config, reader, source, tasks, rank=rank, world_size=world_size, start_step=start_step)
+    stream.start(notes, telemetry)
+    return stream
+
+
+def local_ranges(config: Config, rank: int, world_size: int, start_step: int) -> Iterator[range]:
+    """Position range of this rank in every global step that is left."""
+    for step in range(start_step, config.train.max_steps):
+        yield range(*local_part(step, config.train.global_batch, rank, world_size))
+
+
+class Stream:
+    """Iterator over a rank's `StepBatch`es; also a context manager. Built by `open_stream`."""
+
+    def __init__(
+        self,
+        config: Config,
+        reader: Reader,
+        source: Source,
+        tasks: TaskTable,
+        *,
+        rank: int,
+        world_size: int,
+        start_step: int,
+    ) -> None:
+        self._config = config
+        self._reader = reader
+        self._source = source
+        self._collator = Collator(tasks, config.data.patch_vox_zyx)
+        self._rank, self._world_size, self._step = rank, world_size, start_step
+        local = max(-(-config.train.global_batch // world_size), 1)
+        self._ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(max(config.stream.prefetch // local, 1))
+        self._stop = threading.Event()
+        self._progress = time.monotonic()
+        self._awaited = "the first sample"
+        self._quarantined: dict[str, str] = {}
+        self._thread = threading.Thread(target=self._feed, name="stream-feeder", daemon=True)
+        self._telemetry: Telemetry | None = None
+        self._notes: list[dict[str, Any]] = []
+
+    def start(self, notes: list[dict[str, Any]], telemetry: Telemetry | None) -> None:
+        """Begin to read; `notes` become events of the first step."""
+        self._notes, self._telemetry = list(notes), telemetry
+        self._progress = time.monotonic()
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        while self._step < self._config.train.max_steps:
+            yield self._next()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the feeder and release workers. Safe to call twice; returns within about ten seconds."""
+        self._stop.set()
+        self._source.close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def _next(self) -> StepBatch:
+        begin = time.perf_counter()
+        item = self._wait()
+        wait_s = time.perf_counter() - begin
+        batch, parts_s = item.batch, item.parts_s
+        batch.data_wait_s = wait_s
+        batch.wait_parts_s = attribute_wait(wait_s, parts_s, len(batch.positions))
+        batch.events = self._notes + batch.events
+        self._notes = []
+        self._step = batch.step + 1
+        self._report(parts_s)
+        return batch
+
+    def _wait(self) -> _Ready:
+        limit_s = self._config.stream.wait_limit_s
+        while True:
+            try:
+                item = self._ready.get(timeout=min(POLL_S, limit_s))
+            except queue.Empty:
+                silent_s = time.monotonic() - self._progress
+                if silent_s <= limit_s:
+                    continue
+                raise WaitTimeoutError(
+                    f"rank {self._rank} waited {silent_s:.0f} s for {self._awaited} (step {self._step}, backend "
+                    f"{self._config.stream.backend}, {self._config.stream.workers} workers), more than stream.wait_limit_s="
+                    f"{limit_s:g}; check storage and workers, or raise the limit"
+                ) from None
+            if isinstance(item, _Ready):
+                return item
+            raise item if item is not None else WaitTimeoutError(f"the stream was closed before step {self._step}")
+
+    def _feed(self) -> None:
+        """Body of the feeder thread. Any error is handed to the training loop, which raises it."""
+        try:
+            samples = iter(self._source)
+            for step in range(self._step, self._config.train.max_steps):
+                item = self._assemble(step, samples)
+                if not self._put(item):
+                    return
+        except BaseException as error:  # a thread must not die silently: the loop raises what it is given
+            self._put(error)
+
+    def _put(self, item: _Ready | BaseException) -> bool:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(item, timeout=POLL_S)
+                return True
+        return False
+
+    def _assemble(self, step: int, samples: Iterator[Sample]) -> _Ready:
+        size, world = self._config.train.global_batch, self._world_size
+        rows = self._reader.plan.rows(step * size, (step + 1) * size)
+        start, stop = local_part(step, size, self._rank, world)
+        mine: list[Sample] = []
+        for position in range(start, stop):
+            self._awaited = f"the sample of position {position}"
+            sample = next(samples, None)
+            self._progress = time.monotonic()
+            if sample is None or sample.position != position:
+                found = "the end" if sample is None else f"position {sample.position}"
+                raise AssertionError(f"the source returned {found} where position {position} was due")
+            mine.append(sample)
+        events = [e for s in mine for e in self._audit(s)]
+        begin = time.perf_counter()
+        count = micro_batch_count(size, world, self._config.train.micro_batch)
+        bounds = [len(mine) * i // count for i in range(count + 1)]
+        batches = [self._collator.collate(mine[a:b]) for a, b in itertools.pairwise(bounds)]
+        parts_s = {cause: sum(s.parts_s.get(cause, 0.0) for s in mine) for cause in CAUSES}
+        parts_s["transfer"] += time.perf_counter() - begin
+        batch = StepBatch(
+            step=step,
+            micro_batches=batches,
+            pair_count=int(self._collator.pairs[rows.dataset].sum()),
+            modality_count=int((self._collator.modality_targets[rows.dataset] >= 0).sum()),
+            identities=np.asarray([s.identity for s in mine], np.int64),
+            positions=np.arange(start, stop, dtype=np.int64),
+            events=events,
+        )
+        return _Ready(batch, parts_s)
+
+    def _audit(self, sample: Sample) -> list[dict[str, Any]]:
+        """Events of a sample, with one `quarantine` for each case that is seen to be bad for the first time.
+
+        Raises:
+            QuarantineLimitError: more distinct cases than allowed.
+        """
+        events: list[dict[str, Any]] = []
+        for event in sample.events:
+            if event["kind"] == "substitution":
+                name = f"{event['dataset']}/{event['case_id']}"
+                if name not in self._quarantined:
+                    self._quarantined[name] = str(event["error"])
+                    events.append({**event, "kind": "quarantine"})
+            events.append(event)
+        limit = self._config.stream.faults.max_quarantined
+        if len(self._quarantined) > limit:
+            listed = "; ".join(f"{name}: {message}" for name, message in list(self._quarantined.items())[:10])
+            raise QuarantineLimitError(
+                f"{len(self._quarantined)} unreadable cases, more than stream.faults.max_quarantined={limit}: {listed}. "
+                "Run `hermes-shard verify` on the store, convert these cases again, or raise the limit"
+            )
+        return events
+
+    def _report(self, parts_s: dict[str, float]) -> None:
+        if self._telemetry is None:
+            return
+        for stage in ("storage", "decode", "augment", "transfer"):
+            self._telemetry.add("hermes_sample_stage_seconds_total", parts_s[stage], stage=stage)
+        local = max(-(-self._config.train.global_batch // self._world_size), 1)
+        self._telemetry.set("hermes_ready_samples", self._ready.qsize() * local)
+        self._telemetry.set("hermes_queue_limit_samples", self._ready.maxsize * local)
+        for name, value in self._source.gauges().items():
+            self._telemetry.set(name, value)
+
+
+class _Ready:
+    """A finished step and the seconds its samples spent in each stage."""
+
+    def __init__(self, batch: StepBatch, parts_s: dict[str, float]) -> None:
+        self.batch = batch
+        self.parts_s = parts_s
+
+
+def attribute_wait(wait_s: float, parts_s: dict[str, float], n_samples: int) -> dict[str, float]:
+    """Share a wait out among causes; the values sum to `wait_s`.
+
+    Args:
+        wait_s: seconds the training loop really waited.
+        parts_s: seconds that the awaited samples spent in each stage, over all of them.
+        n_samples: how many samples that were.
+
+    Returns:
+        The wait in proportion to the stages, but no stage more than it took; what is left is `queue`: nobody was working on
+        the samples (workers starting, tasks being scheduled).
+    """
+    busy_s = sum(parts_s.values()) if n_samples else 0.0
+    factor = min(wait_s / busy_s, 1.0) if busy_s > 0 else 0.0
+    shared = {cause: parts_s.get(cause, 0.0) * factor for cause in CAUSES if cause != "queue"}
+    return {**shared, "queue": max(wait_s - sum(shared.values()), 0.0)}

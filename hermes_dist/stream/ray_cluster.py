@@ -1,0 +1,176 @@
+"""One Ray cluster per host for all ranks: started by local rank 0, joined by the others, gone when it ends.
+
+With `stream.ray_address = "local"` local rank 0 starts a private cluster and writes its address into a small rendezvous file;
+its siblings read it there. The file's name contains the launcher's process, which all ranks of a host share, and the file names
+its writer, so that neither another job nor a dead predecessor can be mistaken for ours. With any other address nothing is
+started: the ranks connect to the cluster that is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from hermes_dist.config import StreamConfig
+from hermes_dist.errors import ConfigError, StreamError, WaitTimeoutError
+
+START_LIMIT_S = 120.0
+MAX_TEMP_CHARS = 40
+"""Ray appends about 65 characters to its temp folder for socket paths, which Linux limits to 107."""
+
+
+def quiet_ray() -> None:
+    """Environment and log levels that every rank sets before it touches Ray."""
+    # Ray 2.60 switches token authentication on where it finds ~/.ray/auth_token, for one process and its children only:
+    # sibling ranks then fail to connect. Whoever wants it sets the variable for all ranks.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Cluster:
+    """A connection to Ray, and the cluster itself where this rank started it.
+
+    Args:
+        config: `stream` section.
+        local_rank, local_world_size: this process among those of its host.
+
+    Raises:
+        WaitTimeoutError: local rank 0 did not announce a cluster in time.
+        StreamError: Ray did not start, or the address does not answer.
+    """
+
+    def __init__(self, config: StreamConfig, *, local_rank: int, local_world_size: int) -> None:
+        quiet_ray()
+        self._rendezvous: Path | None = None
+        self._temp_dir: Path | None = None
+        self.owner = False
+        if ray.is_initialized():
+            self.address = str(ray.get_runtime_context().gcs_address)
+            self._connected = False
+            return
+        self._connected = True
+        if config.ray_address != "local":
+            self.address = _connect(config.ray_address)
+            return
+        self._rendezvous = rendezvous_path()
+        if local_rank == 0:
+            self.owner = True
+            self._temp_dir = _new_temp_dir()
+            self.address = _start(config, self._temp_dir, local_world_size)
+            _announce(self._rendezvous, self.address)
+        else:
+            self.address = _connect(_await_address(self._rendezvous))
+
+    def close(self) -> None:
+        """Disconnect; the owner also ends the cluster and removes its files."""
+        if self._connected:
+            ray.shutdown()
+        if self.owner and self._rendezvous is not None:
+            self._rendezvous.unlink(missing_ok=True)
+        if self._temp_dir is not None:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+        self._connected = self.owner = False
+
+
+def local_place(rank: int, world_size: int) -> tuple[int, int]:
+    """(local rank, local world size) from the launcher's variables; without them all ranks are taken to share this host."""
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    if local_rank is None:
+        return rank, world_size
+    return int(local_rank), int(local_size or world_size)
+
+
+def rendezvous_path() -> Path:
+    """File by which the ranks of a host find their cluster: unique for user, launcher process and master port."""
+    parent = psutil.Process().parent()
+    launcher = f"{parent.pid}-{int(parent.create_time())}" if parent else "0"
+    port = os.environ.get("MASTER_PORT", "0")
+    return Path(tempfile.gettempdir()) / f"hermes-ray-{os.getuid()}-{launcher}-{port}.json"
+
+
+def _start(config: StreamConfig, temp_dir: Path, local_world_size: int) -> str:
+    workers = max(config.workers, config.max_workers or 0)
+    options: dict[str, Any] = {
+        "num_cpus": workers * local_world_size,
+        "num_gpus": 0,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "object_store_memory": config.object_store_mib << 20,
+        "_temp_dir": str(temp_dir),
+    }
+    try:
+        ray.init(address="local", **options)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise StreamError(
+            f"Ray did not start: {error}; look into {temp_dir}, or set stream.backend=inline to read in the training process"
+        ) from error
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _connect(address: str) -> str:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (RuntimeError, OSError, ConnectionError, ValueError) as error:
+        raise StreamError(
+            f"Ray at {address!r} does not answer: {error}; start it with `ray start`, or check stream.ray_address"
+        ) from error
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _new_temp_dir() -> Path:
+    """A private folder for this cluster, short enough for socket paths.
+
+    Raises:
+        ConfigError: the system's temp folder has too long a path.
+    """
+    path = Path(tempfile.gettempdir()) / f"hray-{uuid.uuid4().hex[:8]}"
+    if len(str(path)) > MAX_TEMP_CHARS:
+        raise ConfigError(
+            f"temp folder {path} has {len(str(path))} characters; Ray's sockets allow {MAX_TEMP_CHARS}: "
+            "set TMPDIR to a shorter path"
+        )
+    path.mkdir(mode=0o700)
+    return path
+
+
+def _announce(path: Path, address: str) -> None:
+    process = psutil.Process()
+    text = json.dumps({"address": address, "pid": process.pid, "created": process.create_time()})
+    scratch = path.with_suffix(f".{process.pid}.tmp")
+    with scratch.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _await_address(path: Path) -> str:
+    """Address that a living local rank 0 announced. Raises WaitTimeoutError after START_LIMIT_S."""
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess):
+            found = json.loads(path.read_text())
+            if abs(psutil.Process(found["pid"]).create_time() - found["created"]) < 1:
+                return str(found["address"])
+        time.sleep(0.1)
+    raise WaitTimeoutError(
+        f"local rank 0 announced no Ray cluster in {path} within {START_LIMIT_S:.0f} s; did it fail? See its log, "
+        "or start a cluster with `ray start --head` and set stream.ray_address=auto"
+    )

@@ -1,0 +1,250 @@
+"""The ray source: one ordered Ray Data pipeline per rank, over this rank's positions.
+
+Each pipeline is a Ray Data source of its own: a read task takes the positions of a few samples, runs the reader on them and
+yields one block per sample, in order (`preserve_order`). The plan owns the order; Ray is asked for nothing but doing the work,
+elsewhere and in parallel, and the loader checks that what comes back is what was due. A pipeline covers a segment of
+the run; the next one is started before the last has ended.
+
+Workers are Ray tasks, not actors: a killed worker costs the samples it was working on, which Ray reads again, and idle
+worker processes keep their opened stores from one pipeline to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import ray
+from ray.data import DataContext, Dataset, Datasource, ReadTask, read_datasource
+from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.exceptions import RayError
+
+from hermes_dist import errors
+from hermes_dist.config import StreamConfig
+from hermes_dist.errors import HermesError, StreamError
+from hermes_dist.stream.inline_source import read_run
+from hermes_dist.stream.ray_cluster import Cluster, local_place
+from hermes_dist.stream.reader import Reader, Sample
+from hermes_dist.volume.augment import Draw
+
+ROWS_PER_TASK = 4
+"""Samples per Ray task: four share the cost of scheduling one (about 10 ms of the driver's CPU)."""
+FIRST_SEGMENT_ROWS = 256
+SEGMENT_ROWS = 2048
+"""Samples per pipeline. Starting one costs about a millisecond a task, so that the first one is short."""
+
+_readers: dict[str, Reader] = {}
+
+
+class RaySource:
+    """Yields the samples of a sequence of position ranges, in order, read by Ray workers.
+
+    Args:
+        reader: sent to the workers once.
+        parts: this rank's positions, range by range.
+        config: `stream` section: workers, prefetch, object store.
+        rank, world_size: for the place of this process on its host (see `ray_cluster.local_place`).
+    """
+
+    def __init__(self, reader: Reader, parts: Iterator[range], config: StreamConfig, *, rank: int, world_size: int) -> None:
+        local_rank, local_world_size = local_place(rank, world_size)
+        self._config = config
+        self._parts = parts
+        self._kill_dir = tempfile.mkdtemp(prefix="hermes-chaos-") if config.faults.chaos.get("kill") else None
+        reader.chaos.kill_dir = self._kill_dir
+        self._cluster = Cluster(config, local_rank=local_rank, local_world_size=local_world_size)
+        self._reader_ref = ray.put(reader)
+        reader.chaos.kill_dir = None
+        self._sample_bytes = int(np.prod(reader.patch)) * 6
+        self._live: list[Iterator[Any]] = []
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Sample]:
+        positions = (p for part in self._parts for p in part)
+        current = self._open(list(islice(positions, FIRST_SEGMENT_ROWS)))
+        while current is not None:
+            rows, blocks = current
+            following = None
+            early = min(rows // 2, 4 * ROWS_PER_TASK * self._workers)
+            for number, block in enumerate(blocks):
+                if number == rows - early:
+                    following = self._open(list(islice(positions, SEGMENT_ROWS)))
+                yield from decode_block(block)
+            current = following
+
+    def gauges(self) -> dict[str, float]:
+        """Workers and object store, by metric name."""
+        return {
+            "hermes_ray_workers": float(self._workers),
+            "hermes_object_store_limit_bytes": float(self._config.object_store_mib << 20),
+        }
+
+    def close(self) -> None:
+        """Stop the pipelines and leave (or end) the cluster."""
+        if self._closed:
+            return
+        self._closed = True
+        self._live.clear()
+        self._cluster.close()
+        if self._kill_dir:
+            shutil.rmtree(self._kill_dir, ignore_errors=True)
+
+    @property
+    def _workers(self) -> int:
+        return max(self._config.workers, self._config.max_workers or 0)
+
+    def _open(self, positions: list[int]) -> tuple[int, Iterator[Any]] | None:
+        """Start a pipeline over these positions. Returns (rows, blocks), or None if there are none left."""
+        if not positions:
+            return None
+        tasks = list(_runs(positions))
+        context = DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+            object_store_memory=self._buffer_bytes()
+        )
+        context.enable_progress_bars = False
+        context.target_max_block_size = 1 << 20  # a block of one sample is complete
+        dataset = read_datasource(
+            PlanSource(self._reader_ref, tasks, self._sample_bytes),
+            concurrency=self._workers,
+            override_num_blocks=len(tasks),
+            num_cpus=1,
+        )
+        return len(positions), self._blocks(dataset)
+
+    def _blocks(self, dataset: Dataset) -> Iterator[Any]:
+        batches = iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
+        self._live.append(batches)
+        try:
+            yield from batches
+        except RayError as error:
+            raise StreamError(f"a Ray worker failed: {error}") from error
+        finally:
+            with contextlib.suppress(ValueError):
+                self._live.remove(batches)
+
+    def _buffer_bytes(self) -> int:
+        """What finished samples may take up in the object store, within half of it."""
+        wanted = (self._config.prefetch + 2 * ROWS_PER_TASK * self._workers) * self._sample_bytes
+        return min(wanted, (self._config.object_store_mib << 20) // 2)
+
+
+class PlanSource(Datasource):
+    """A Ray Data source whose read tasks are runs of plan positions."""
+
+    def __init__(self, reader_ref: Any, tasks: list[range], sample_bytes: int) -> None:
+        super().__init__()
+        self._reader_ref = reader_ref
+        self._tasks = tasks
+        self._sample_bytes = sample_bytes
+
+    def get_name(self) -> str:
+        """Name in Ray's logs."""
+        return "HermesPlan"
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all samples."""
+        return self._sample_bytes * sum(len(t) for t in self._tasks)
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        """One task per run, whatever parallelism Ray proposes: the order of tasks is the order of positions."""
+        del parallelism, per_task_row_limit, data_context
+        return [ReadTask(_Read(self._reader_ref, run), self._metadata(len(run))) for run in self._tasks]
+
+    def _metadata(self, rows: int) -> BlockMetadata:
+        return BlockMetadata(num_rows=rows, size_bytes=rows * self._sample_bytes, input_files=None, exec_stats=None)
+
+
+class _Read:
+    """What a Ray worker runs: read a run of positions, one block each."""
+
+    def __init__(self, reader_ref: Any, positions: range) -> None:
+        self._reader_ref = reader_ref
+        self._positions = positions
+
+    def __call__(self) -> Iterable[Block]:
+        reader = _reader(self._reader_ref)
+        try:
+            for sample in read_run(reader, self._positions):
+                yield encode_block(sample)
+        except HermesError as error:
+            # Ray would turn it into a traceback of its own class; as a row it arrives as what it is.
+            yield encode_error(error)
+
+
+def _reader(ref: Any) -> Reader:
+    key = ref.hex()
+    if key not in _readers:
+        _readers.clear()  # a worker serves one run at a time; an older run's stores only hold memory
+        _readers[key] = ray.get(ref, timeout=60)
+    return _readers[key]
+
+
+def _runs(positions: list[int]) -> Iterator[range]:
+    """Cut positions into runs of consecutive ones, at most ROWS_PER_TASK long."""
+    start = 0
+    for i in range(1, len(positions) + 1):
+        if i == len(positions) or i - start == ROWS_PER_TASK or positions[i] != positions[i - 1] + 1:
+            yield range(positions[start], positions[i - 1] + 1)
+            start = i
+
+
+def encode_block(sample: Sample) -> Block:
+    """One sample as a block of one row: two byte columns and a JSON header."""
+    numbers = None if sample.numbers is None else asdict(sample.numbers)
+    if numbers is not None and sample.numbers is not None and sample.numbers.affine is not None:
+        numbers["affine"] = sample.numbers.affine.tolist()
+    header = {
+        "position": sample.position,
+        "dataset": sample.dataset,
+        "case": sample.case,
+        "identity": sample.identity,
+        "shape": sample.image.shape,
+        "label_dtype": sample.label.dtype.str,
+        "numbers": numbers,
+        "patch_start": sample.patch_start,
+        "parts_s": sample.parts_s,
+        "events": sample.events,
+    }
+    return _block(header, sample.image, sample.label)
+
+
+def encode_error(error: HermesError) -> Block:
+    """An error as a block of one row."""
+    return _block({"error": type(error).__name__, "message": str(error)}, np.zeros(1, np.float32), np.zeros(1, np.uint8))
+
+
+def decode_block(block: dict[str, Any]) -> Iterator[Sample]:
+    """Samples of a block, as views of the object store. Raises the error that a worker sent instead."""
+    for text, image, label in zip(block["header"], block["image"], block["label"], strict=True):
+        header = json.loads(str(text))
+        if "error" in header:
+            raise getattr(errors, header["error"], StreamError)(header["message"])
+        shape, numbers = tuple(header.pop("shape")), header.pop("numbers")
+        if numbers is not None:
+            affine = numbers.pop("affine")
+            numbers = Draw(affine=None if affine is None else np.asarray(affine), **numbers)
+        header["patch_start"] = tuple(header["patch_start"])
+        yield Sample(
+            image=np.ascontiguousarray(image).view(np.float32).reshape(shape),
+            label=np.ascontiguousarray(label).view(np.dtype(header.pop("label_dtype"))).reshape(shape),
+            numbers=numbers,
+            **header,
+        )
+
+
+def _block(header: dict[str, Any], image: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> Block:
+    columns = {
+        "header": np.asarray([json.dumps(header)]),
+        "image": np.ascontiguousarray(image).reshape(-1).view(np.uint8)[None],
+        "label": np.ascontiguousarray(label).reshape(-1).view(np.uint8)[None],
+    }
+    return BlockAccessor.batch_to_block(columns)

@@ -1,0 +1,227 @@
+"""The reader: one row of the plan and the stores → one sample. What a worker does, wherever it runs.
+
+Everything follows from the row: the crop, the augmentation, and what happens when bytes are bad. Storage errors that may pass
+are tried again with growing pauses. A case whose crop cannot be read is replaced by the case of the next draw of the same
+dataset. Whether a sample is replaced depends on its own bytes only, never on what was read before, so that all workers and
+world sizes agree without talking to each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hermes_dist.config import AugmentConfig, DataConfig, FaultsConfig, Vox3
+from hermes_dist.errors import DataError, QuarantineLimitError, StreamError, TransientStorageError
+from hermes_dist.stream.chaos import Chaos
+from hermes_dist.stream.crop import choose_start
+from hermes_dist.stream.keyed import uniform
+from hermes_dist.stream.plan import Plan, PlanRows
+from hermes_dist.volume import augment
+
+_JITTER = 7
+MAX_PAUSE_S = 30.0
+
+
+class Store(Protocol):
+    """What the stream needs of a shard store (`hermes_dist.shards.store.ShardStore`)."""
+
+    @property
+    def manifest(self) -> Any:
+        """Rows, foreground coordinates, names."""
+        ...
+
+    @property
+    def counters(self) -> Any:
+        """`decode_s`: seconds spent on decoding so far."""
+        ...
+
+    def read_crop(self, row: int, start_vox_zyx: Vox3, size_vox_zyx: Vox3) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """(image float32, label) of a box; outside of the volume air and 0."""
+        ...
+
+
+@dataclass
+class Sample:
+    """One sample, ready for a batch.
+
+    `image` float32 and `label` integer are (Z, Y, X). With augmentation on the device they are the source box that `numbers`
+    still has to be applied to, and `patch_start` is the patch's first voxel in that box.
+    """
+
+    position: int
+    dataset: int
+    case: int
+    identity: int
+    image: npt.NDArray[np.float32]
+    label: npt.NDArray[Any]
+    numbers: augment.Draw | None = None
+    patch_start: Vox3 = (0, 0, 0)
+    parts_s: dict[str, float] = field(default_factory=dict[str, float])
+    events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+class Reader:
+    """Reads the samples of a plan. Can be pickled: stores re-open themselves in the worker.
+
+    Args:
+        plan: the order.
+        stores: opened stores; case numbers run over their manifests one after another.
+        class_weights: for each dataset of the task table, the weight of each class in the draw of a foreground class.
+        data: patch and split.
+        augmentation: ranges and place.
+        faults: retries, cap, fault injection.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        stores: Sequence[Store],
+        *,
+        class_weights: Sequence[npt.NDArray[np.float64]],
+        data: DataConfig,
+        augmentation: AugmentConfig,
+        faults: FaultsConfig,
+    ) -> None:
+        self.plan = plan
+        self.stores = tuple(stores)
+        self.class_weights = tuple(class_weights)
+        self.patch = data.patch_vox_zyx
+        self.augmentation = augmentation
+        self.faults = faults
+        self.chaos = Chaos(faults.chaos, plan.seed)
+        self._first = np.cumsum([0] + [len(s.manifest) for s in stores])
+
+    def read(self, rows: PlanRows, index: int) -> Sample:
+        """Read the sample of one row.
+
+        Raises:
+            QuarantineLimitError: more cases in a row were unreadable than may be quarantined.
+            StreamError: storage kept failing after all attempts.
+        """
+        group, draw, position = int(rows.group[index]), int(rows.draw[index]), int(rows.position[index])
+        case, tried, events = int(rows.case[index]), dict[int, str](), list[dict[str, Any]]()
+        self.chaos.before_sample(position)
+        attempt = 0
+        while True:
+            try:
+                sample = self._read_case(rows, index, case, events)
+                sample.events = events
+                return sample
+            except DataError as error:
+                tried[case] = str(error)
+                if len(tried) > self.faults.max_quarantined:
+                    raise self._too_many(tried) from None
+                broken = case
+                while case in tried:
+                    attempt += 1
+                    if attempt > 2 * len(self.plan.groups[group].cases):
+                        raise self._too_many(tried) from None
+                    case = self.plan.substitute(group, draw, attempt)
+                events.append(self._event("substitution", position, broken, error=str(error), substitute=self._name(case)[1]))
+
+    def _read_case(self, rows: PlanRows, index: int, case: int, events: list[dict[str, Any]]) -> Sample:
+        store, row = self.locate(case)
+        entry = store.manifest.row(row)
+        dataset, position = int(rows.dataset[index]), int(rows.position[index])
+        start = choose_start(
+            shape=entry.shape_vox_zyx,
+            patch=self.patch,
+            seed=int(rows.crop_seed[index]),
+            weights=self.class_weights[dataset] if rows.foreground[index] else None,
+            foreground=lambda k: store.manifest.foreground(row, k),
+        )
+        numbers = augment.draw(int(rows.augment_seed[index]), self.augmentation)
+        box_start, box_sides = start, self.patch
+        if numbers.affine is not None:
+            box_start, box_sides = augment.source_box(numbers.affine, start, self.patch, entry.shape_vox_zyx)
+        begin, decoded_before_s = time.perf_counter(), store.counters.decode_s
+        image, label = self._read_box(case, box_start, box_sides, position=position, events=events)
+        read, decode_s = time.perf_counter(), store.counters.decode_s - decoded_before_s
+        patch_start = (start[0] - box_start[0], start[1] - box_start[1], start[2] - box_start[2])
+        sample = Sample(position, dataset, case, identity(*self._name(case), start), image, label, numbers, patch_start)
+        if self.augmentation.where != "device":
+            finish(sample, self.patch)
+        sample.parts_s = {
+            "storage": max(read - begin - decode_s, 0.0),
+            "decode": decode_s,
+            "augment": time.perf_counter() - read,
+        }
+        return sample
+
+    def _read_box(
+        self, case: int, start: Vox3, sides: Vox3, *, position: int, events: list[dict[str, Any]]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+        """Read with retries. Raises DataError at once, StreamError after the last attempt at failing storage."""
+        store, row = self.locate(case)
+        for attempt in range(self.faults.retries + 1):
+            try:
+                self.chaos.before_read(position, case, attempt, self._name(case))
+                return store.read_crop(row, start, sides)
+            except TransientStorageError as error:
+                if attempt == self.faults.retries:
+                    raise StreamError(
+                        f"{'/'.join(self._name(case))}: storage failed {attempt + 1} times: {error}; "
+                        "check the storage, or raise stream.faults.retries"
+                    ) from error
+                pause_s = pause_before(attempt, self.faults.backoff_s, position)
+                events.append(self._event("retry", position, case, error=str(error), attempt=attempt + 1, pause_s=pause_s))
+                time.sleep(pause_s)
+        raise AssertionError("the loop returns or raises")
+
+    def locate(self, case: int) -> tuple[Store, int]:
+        """Store and manifest row of a global case number."""
+        index = int(np.searchsorted(self._first, case, side="right")) - 1
+        return self.stores[index], case - int(self._first[index])
+
+    def _name(self, case: int) -> tuple[str, str]:
+        store, row = self.locate(case)
+        manifest = store.manifest
+        return manifest.dataset_names[int(manifest.dataset_index[row])], manifest.case_id(row)
+
+    def _event(self, kind: str, position: int, case: int, **more: Any) -> dict[str, Any]:
+        dataset, case_id = self._name(case)
+        return {
+            "kind": kind,
+            "time_s": round(time.time(), 3),
+            "position": position,
+            "dataset": dataset,
+            "case_id": case_id,
+            **more,
+        }
+
+    def _too_many(self, tried: dict[int, str]) -> QuarantineLimitError:
+        listed = "; ".join(f"{'/'.join(self._name(case))}: {message}" for case, message in list(tried.items())[:5])
+        return QuarantineLimitError(
+            f"{len(tried)} unreadable cases in a row (stream.faults.max_quarantined = {self.faults.max_quarantined}): {listed}. "
+            "Run `hermes-shard verify` on the store and convert these cases again"
+        )
+
+
+def finish(sample: Sample, patch: Vox3) -> None:
+    """Apply a sample's draw in place, on this CPU: after that image and label have the patch's shape."""
+    numbers = sample.numbers or augment.Draw()
+    if numbers.affine is not None:
+        sample.image, sample.label = augment.warp(sample.image, sample.label, numbers.affine, sample.patch_start, patch)
+    if not sample.image.flags.writeable or not sample.image.flags.c_contiguous:
+        sample.image = sample.image.copy()
+    sample.image = augment.change_intensity(sample.image, numbers)
+    sample.numbers, sample.patch_start = None, (0, 0, 0)
+
+
+def identity(dataset: str, case_id: str, start: Vox3) -> int:
+    """What was sampled, as a signed 64-bit digest: dataset, case and crop, by name, so that all formats agree."""
+    text = f"{dataset}\0{case_id}\0{start[0]},{start[1]},{start[2]}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def pause_before(attempt: int, backoff_s: float, position: int) -> float:
+    """Seconds to wait after failed attempt 0, 1, …: doubling from backoff_s, ±25 % jitter, at most 30 s."""
+    jitter = 0.75 + 0.5 * float(uniform(_JITTER, position, attempt))
+    return min(backoff_s * 2.0**attempt * jitter, MAX_PAUSE_S)
