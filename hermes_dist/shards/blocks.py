@@ -11,12 +11,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
 from hermes_dist.errors import CorruptShardError
-from hermes_dist.shards.codec import crc32c, decompress_planes
+from hermes_dist.shards.codec import Scratch, crc32c, decompress_items
 
 Vox3 = tuple[int, int, int]
 Bounds = tuple[int, int, int]
@@ -43,7 +45,7 @@ class BlockGrid:
         """Voxels between the starts of neighbouring blocks."""
         return self.block_vox_zyx[axis] - self.margin_vox
 
-    @property
+    @cached_property
     def counts(self) -> Vox3:
         """Blocks along each axis."""
         z, y, x = (max(1, -(-(self.shape_vox_zyx[a] - self.margin_vox) // self.stride(a))) for a in range(3))
@@ -62,13 +64,13 @@ class BlockGrid:
 
     def stored_shape(self, index_zyx: Sequence[int]) -> Vox3:
         """Voxels that are stored for a block."""
-        if self.padded:
-            return self.block_vox_zyx
-        z, y, x = (
-            min(block, side - start)
-            for block, side, start in zip(self.block_vox_zyx, self.shape_vox_zyx, self.start(index_zyx), strict=True)
-        )
+        z, y, x = (self.side(a, index_zyx[a]) for a in range(3))
         return z, y, x
+
+    def side(self, axis: int, index: int) -> int:
+        """Voxels that are stored along one axis for the blocks of one index."""
+        block = self.block_vox_zyx[axis]
+        return block if self.padded else min(block, self.shape_vox_zyx[axis] - index * self.stride(axis))
 
     def indices(self) -> Iterator[Vox3]:
         """All block indices in C order."""
@@ -111,8 +113,7 @@ class BlockTable:
     codec: str = "blosc"
 
 
-@dataclass(frozen=True)
-class BlockPart:
+class BlockPart(NamedTuple):
     """One block of a plan: its number, what is stored, and which box of it goes where."""
 
     number: int
@@ -121,22 +122,37 @@ class BlockPart:
     target: tuple[slice, slice, slice]
 
 
+class BlockName(NamedTuple):
+    """A block in an error message (formatted only when there is an error)."""
+
+    url: str
+    path: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.url}/{self.path} block {self.number}"
+
+
 def plan_parts(grid: BlockGrid, start_vox_zyx: Sequence[int], stop_vox_zyx: Sequence[int]) -> list[BlockPart]:
-    """The blocks that a box inside the volume needs; targets are relative to the box."""
+    """The blocks that a box inside the volume needs, in ascending order; targets are relative to the box."""
     _, n_y, n_x = grid.counts
-    axes = [grid.cover(axis, start_vox_zyx[axis], stop_vox_zyx[axis]) for axis in range(3)]
-    parts: list[BlockPart] = []
-    for bounds in product(*axes):
-        index = tuple(b[0] for b in bounds)
-        origin = grid.start(index)
-        source = tuple(slice(b[1] - origin[a], b[2] - origin[a]) for a, b in enumerate(bounds))
-        target = tuple(slice(b[1] - start_vox_zyx[a], b[2] - start_vox_zyx[a]) for a, b in enumerate(bounds))
-        number = (index[0] * n_y + index[1]) * n_x + index[2]
-        parts.append(BlockPart(number, grid.stored_shape(index), source, target))  # pyright: ignore[reportArgumentType]
+    axes = [_axis_parts(grid, axis, start_vox_zyx[axis], stop_vox_zyx[axis]) for axis in range(3)]
+    return [
+        BlockPart((z[0] * n_y + y[0]) * n_x + x[0], (z[1], y[1], x[1]), (z[2], y[2], x[2]), (z[3], y[3], x[3]))
+        for z, y, x in product(*axes)
+    ]
+
+
+def _axis_parts(grid: BlockGrid, axis: int, start: int, stop: int) -> list[tuple[int, int, slice, slice]]:
+    """Along one axis: block index, stored side, source and target slice."""
+    parts: list[tuple[int, int, slice, slice]] = []
+    for index, first, end in grid.cover(axis, start, stop):
+        origin = index * grid.stride(axis)
+        parts.append((index, grid.side(axis, index), slice(first - origin, end - origin), slice(first - start, end - start)))
     return parts
 
 
-def payload(table: BlockTable, number: int, data: memoryview, url: str) -> memoryview:
+def payload(table: BlockTable, data: memoryview, name: BlockName) -> memoryview:
     """A block's bytes without its checksum, verified.
 
     Raises:
@@ -145,29 +161,30 @@ def payload(table: BlockTable, number: int, data: memoryview, url: str) -> memor
     if table.crc32c is None:
         data, expected = data[:-4], int.from_bytes(data[-4:], "little")
     else:
-        expected = int(table.crc32c[number])
+        expected = int(table.crc32c[name.number])
     found = crc32c(data)
     if found != expected:
-        raise CorruptShardError(
-            f"{url}/{table.path}: block {number} has checksum {found:08x}, expected {expected:08x}; convert this case again"
-        )
+        raise CorruptShardError(f"{name} has checksum {found:08x}, expected {expected:08x}; convert this case again")
     return data
 
 
-def decode_planes(table: BlockTable, part: BlockPart, data: memoryview, scratch: np.ndarray, url: str) -> np.ndarray:
-    """The box `part.source` of a block, as a view; only its z planes are decompressed."""
+def decode_part(table: BlockTable, part: BlockPart, data: memoryview, scratch: Scratch, name: BlockName) -> np.ndarray:
+    """The box `part.source` of a block as a view; only its z planes are decompressed.
+
+    Raises:
+        CorruptShardError: checksum, header or compressed stream are wrong.
+    """
+    data = payload(table, data, name)
     z, y, x = part.source
-    n_y, n_x = part.stored_shape[1:]
-    where = f"{url}/{table.path} block {part.number}"
+    n_z, n_y, n_x = part.stored_shape
     if table.codec == "npy":
-        return read_npy(data, part.stored_shape, table.dtype, where)[z, y, x]
-    planes = scratch[: (z.stop - z.start) * n_y * n_x]
-    total = part.stored_shape[0] * n_y * n_x
-    decompress_planes(data, planes, z.start * n_y * n_x, total, where)
-    return planes.reshape(-1, n_y, n_x)[:, y, x]
+        return read_npy(data, part.stored_shape, table.dtype, name)[z, y, x]
+    plane = n_y * n_x
+    items = decompress_items(data, scratch, z.start * plane, (z.stop - z.start) * plane, total=n_z * plane, where=name)
+    return items.reshape(-1, n_y, n_x)[:, y, x]
 
 
-def read_npy(data: memoryview, shape: Vox3, dtype: np.dtype, where: str) -> np.ndarray:
+def read_npy(data: memoryview, shape: Vox3, dtype: np.dtype, where: object) -> np.ndarray:
     """A .npy member without copy. Raises CorruptShardError unless it holds exactly this shape and type (never a pickle)."""
     stream = io.BytesIO(data)
     try:

@@ -105,22 +105,22 @@ class RemoteStorage:
             raise StoreError(f"{self._url}/{path} has {n_bytes} bytes, more than {limit_bytes}; this is no file of a store")
         return data
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """See `Storage.read_ranges`."""
         check_path(path)
         if not ranges:
-            return []
+            return
         with self._errors(path):
             parts = obstore.get_ranges(
                 self._store, path, starts=[start for start, _ in ranges], lengths=[length for _, length in ranges]
             )
-        views = [memoryview(part) for part in parts]
-        for view, (start, length) in zip(views, ranges, strict=True):
+        for part, (start, length) in zip(parts, ranges, strict=True):
+            view = memoryview(part)
             if len(view) != length:
                 raise CorruptShardError(
                     f"{self._url}/{path} ends at byte {start + len(view)}, expected {start + length}; convert this case again"
                 )
-        return views
+            yield view
 
     def size(self, path: str) -> int | None:
         """See `Storage.size`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +24,11 @@ TRANSIENT_ERRNO = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETRESET, errno.ECONNRESET}
 )
 MAX_GAP_BYTES = 65536
-"""Ranges closer than this are read as one (local disk)."""
+"""Ranges closer than this are read as one (local disk) …"""
+MAX_JOINED_BYTES = 1 << 19
+"""… up to this size, so that what was read is decoded while it is in the processor's cache."""
+KEPT_BUFFER_BYTES = 64 << 20
+_thread = threading.local()
 
 
 class Storage(Protocol):
@@ -38,8 +43,12 @@ class Storage(Protocol):
         """A whole object. Raises StoreError if it is missing or larger than the limit."""
         ...
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """The `(start, length)` ranges of one object. Raises CorruptShardError if the object ends before."""
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
+        """The `(start, length)` ranges of one object, in the given order.
+
+        A view is valid until the next one is asked for (its buffer is used again: what is read and decoded at once stays in the
+        processor's cache). Raises CorruptShardError if the object ends before.
+        """
         ...
 
     def size(self, path: str) -> int | None:
@@ -89,18 +98,18 @@ def split_url(url: str) -> tuple[str, str]:
     return scheme, url
 
 
-def coalesce(ranges: Sequence[tuple[int, int]], max_gap: int, max_bytes: int) -> list[tuple[int, int, list[int]]]:
-    """Join near ranges: `[(start, length, [indices of the ranges inside])]`, in order of offset."""
-    groups: list[tuple[int, int, list[int]]] = []
-    for index in sorted(range(len(ranges)), key=lambda i: ranges[i]):
-        start, length = ranges[index]
+def coalesce(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """Join neighbours that lie near: `[(start, length, [(offset inside, length)])]`, keeping the order."""
+    groups: list[tuple[int, int, list[tuple[int, int]]]] = []
+    for start, length in ranges:
         if groups:
             first, total, members = groups[-1]
-            stop = max(first + total, start + length)
-            if start <= first + total + max_gap and stop - first <= max_bytes:
-                groups[-1] = (first, stop - first, [*members, index])
+            stop = start + length
+            if first + total <= start <= first + total + MAX_GAP_BYTES and stop - first <= MAX_JOINED_BYTES:
+                members.append((start - first, length))
+                groups[-1] = (first, stop - first, members)
                 continue
-        groups.append((start, length, [index]))
+        groups.append((start, length, [(0, length)]))
     return groups
 
 
@@ -139,20 +148,28 @@ class LocalStorage:
                 raise StoreError(f"{self._root}/{path} has more than {limit_bytes} bytes; this is no file of a store")
             return file.read()
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """See `Storage.read_ranges`."""
-        views = [memoryview(b"")] * len(ranges)
+        groups = coalesce(ranges)
+        buffer = self._buffer(max((length for _, length, _ in groups), default=0))
         with self._errors(path), open(self._locate(path), "rb", buffering=0) as file:
-            for start, length, members in coalesce(ranges, MAX_GAP_BYTES, 1 << 30):
-                data = memoryview(os.pread(file.fileno(), length, start))
-                if len(data) != length:
+            for start, length, members in groups:
+                got = os.preadv(file.fileno(), [buffer[:length]], start)
+                if got != length:
                     raise CorruptShardError(
-                        f"{self._root}/{path} ends at byte {start + len(data)}, expected {start + length}; "
-                        "convert this case again"
+                        f"{self._root}/{path} ends at byte {start + got}, expected {start + length}; convert this case again"
                     )
-                for i in members:
-                    views[i] = data[ranges[i][0] - start :][: ranges[i][1]]
-        return views
+                for offset, part in members:
+                    yield buffer[offset : offset + part]
+
+    def _buffer(self, n_bytes: int) -> memoryview:
+        """Memory of this thread, used again by every read: fresh pages would cost as much as the copy."""
+        if n_bytes > KEPT_BUFFER_BYTES:
+            return memoryview(bytearray(n_bytes))
+        kept: memoryview | None = getattr(_thread, "buffer", None)
+        if kept is None or len(kept) < n_bytes:
+            _thread.buffer = kept = memoryview(bytearray(max(n_bytes, 1 << 20)))
+        return kept
 
     def size(self, path: str) -> int | None:
         """See `Storage.size`."""

@@ -6,6 +6,7 @@ and manifest row groups in small bounded caches; voxels are cached only where a 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -18,9 +19,10 @@ import numpy as np
 
 from hermes_dist.errors import StoreError, nearest
 from hermes_dist.shards import STORES
-from hermes_dist.shards.blocks import BlockTable, decode_planes, payload, plan_parts
+from hermes_dist.shards.blocks import BlockName, BlockTable, decode_part, plan_parts
+from hermes_dist.shards.codec import Scratch
 from hermes_dist.shards.collection import COLLECTION_FILE, Collection, load, open_manifest
-from hermes_dist.shards.layout import CaseFormat, Layout
+from hermes_dist.shards.layout import ARRAYS, CaseFormat, Layout
 from hermes_dist.shards.manifest import ManifestRow
 from hermes_dist.shards.remote import open_storage
 from hermes_dist.shards.storage import LocalStorage, Storage
@@ -109,16 +111,21 @@ class ShardStore:
         case = self.manifest.row(row) if isinstance(row, int | np.integer) else row
         return self.read_crop(case, (0, 0, 0), case.shape_vox_zyx)
 
-    def read_stored(self, row: int | ManifestRow) -> tuple[np.ndarray, np.ndarray]:
-        """A whole case as it is stored, without scaling (for verification and plain copies)."""
+    def read_stored_crop(
+        self, row: int | ManifestRow, array: str, start_vox_zyx: Sequence[int], size_vox_zyx: Sequence[int]
+    ) -> np.ndarray:
+        """A box of `image` or `label` as it is stored, without scaling. Errors as `read_crop`."""
         case = self.manifest.row(row) if isinstance(row, int | np.integer) else row
-        arrays: list[np.ndarray] = []
-        for name in ("image", "label"):
-            dtype, fill = case.array_type(name)
-            out = np.empty(case.shape_vox_zyx, dtype)
-            self._read(case, name, (0, 0, 0), out, None, fill)
-            arrays.append(out)
-        return arrays[0], arrays[1]
+        dtype, fill = case.array_type(array)
+        out = np.empty(tuple(size_vox_zyx), dtype)
+        self._read(case, array, start_vox_zyx, out, None, fill)
+        return out
+
+    def read_stored(self, row: int | ManifestRow) -> tuple[np.ndarray, np.ndarray]:
+        """A whole case as it is stored (for verification and plain copies)."""
+        case = self.manifest.row(row) if isinstance(row, int | np.integer) else row
+        image, label = (self.read_stored_crop(case, array, (0, 0, 0), case.shape_vox_zyx) for array in ARRAYS)
+        return image, label
 
     def close(self) -> None:
         """Stop the helper threads (they also end with the process)."""
@@ -149,30 +156,32 @@ class ShardStore:
         present = [part for part in parts if table.lengths[part.number]]
         if len(present) != len(parts) or not parts or tuple(b - a for a, b in zip(low, high, strict=True)) != out.shape:
             out.fill(pad)
-        ranges = [(int(table.offsets[p.number]), int(table.lengths[p.number])) for p in present]
-        views = self._storage.read_ranges(table.path, ranges)
-        fetched = time.perf_counter()
+        numbers = [part.number for part in present]
+        ranges = list(zip(table.offsets[numbers].tolist(), table.lengths[numbers].tolist(), strict=True))
         inner = out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))]
         scratch = self._scratch(table)
-        for part, view in zip(present, views, strict=True):
-            box = decode_planes(table, part, payload(table, part.number, view, self.url), scratch, self.url)
-            target = inner[part.target]
-            if step is None or table.dtype.kind == "f":
-                target[...] = box
+        scale = None if step is None or table.dtype.kind == "f" else np.float32(step)
+        decode_s = 0.0
+        for part, view in zip(present, self._storage.read_ranges(table.path, ranges), strict=True):
+            fetched = time.perf_counter()
+            box = decode_part(table, part, view, scratch, BlockName(self.url, table.path, part.number))
+            if scale is None:
+                inner[part.target] = box
             else:
-                np.multiply(box, np.float32(step), out=target)
+                np.multiply(box, scale, out=inner[part.target])
+            decode_s += time.perf_counter() - fetched
         with self._lock:
             self.counters.reads += 1
             self.counters.bytes_read += sum(length for _, length in ranges)
-            self.counters.storage_s += fetched - began
-            self.counters.decode_s += time.perf_counter() - fetched
+            self.counters.storage_s += time.perf_counter() - began - decode_s
+            self.counters.decode_s += decode_s
 
-    def _scratch(self, table: BlockTable) -> np.ndarray:
+    def _scratch(self, table: BlockTable) -> Scratch:
         """A buffer of one block per thread and type: fresh memory would cost page faults for every crop."""
-        kept: dict[str, np.ndarray] = self._local.__dict__.setdefault("scratch", {})
-        size = int(np.prod(table.grid.block_vox_zyx))
-        if table.dtype.str not in kept or kept[table.dtype.str].size < size:
-            kept[table.dtype.str] = np.empty(size, table.dtype)
+        kept: dict[str, Scratch] = self._local.__dict__.setdefault("scratch", {})
+        size = math.prod(table.grid.block_vox_zyx)
+        if table.dtype.str not in kept or kept[table.dtype.str].array.size < size:
+            kept[table.dtype.str] = Scratch(size, table.dtype)
         return kept[table.dtype.str]
 
 
