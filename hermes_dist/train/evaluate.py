@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from torch import nn
 
 from hermes_dist.config import Config
-from hermes_dist.errors import HermesError, UsageError, nearest
+from hermes_dist.errors import HermesError, TaskError, UsageError, nearest
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.seg import sliding_window
@@ -76,19 +76,37 @@ def find_cases(job: Job) -> list[Case]:
 
     Raises:
         UsageError: no store has a case in that split.
+        TaskError: a store holds a dataset that the model was not trained on, or with other classes.
     """
     cases: list[Case] = []
     for store in job.stores:
-        for dataset in store.collection.tasks.datasets:
-            for index in store.manifest.rows(dataset.name, job.split)[: job.config.evaluate.max_cases]:
-                row = store.manifest.row(int(index))
-                cases.append(Case(store, row, job.tasks.dataset(dataset.name)))
+        for stored in store.collection.tasks.datasets:
+            indices = store.manifest.rows(stored.name, job.split)[: job.config.evaluate.max_cases]
+            if len(indices):
+                dataset = as_trained(stored, job.tasks)
+                cases += [Case(store, store.manifest.row(int(index)), dataset) for index in indices]
     if not cases:
         known = sorted({s for store in job.stores for s in store.manifest.splits})
         raise UsageError(
             f"split {job.split!r} has no case in {len(job.stores)} store(s); known: {known}.{nearest(job.split, known)}"
         )
     return sorted(cases, key=lambda c: (-int(np.prod(c.row.shape_vox_zyx)) * len(c.dataset.classes), c.row.name))
+
+
+def as_trained(stored: DatasetTasks, tasks: TaskTable) -> DatasetTasks:
+    """A store's dataset with its own label values and the model's task ids, classes in the order in which they were trained.
+
+    Raises:
+        TaskError: the model does not know this dataset, or knows other classes of it.
+    """
+    trained = tasks.dataset(stored.name)
+    values = {c.name: c.values for c in stored.classes}
+    if set(values) != set(trained.class_names):
+        raise TaskError(
+            f"dataset {stored.name!r} annotates {', '.join(values)} in the store, but the model was trained on "
+            f"{', '.join(trained.class_names)}; name the store that it was trained from"
+        )
+    return replace(stored, classes=tuple(TaskClass(c.name, c.task_id, values[c.name]) for c in trained.classes))
 
 
 def evaluate(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from hermes_dist.config import Config, EvaluateConfig, resolve, validate
+from hermes_dist.config import Config, EvaluateConfig, load_config
 from hermes_dist.errors import CheckpointError, ConfigError, TaskError, nearest
 from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import read_weights
@@ -74,8 +75,10 @@ class TaskMask:
     mask_zyx: npt.NDArray[np.bool_]
 
 
-def load_run(run_dir: Path, device: torch.device | None = None) -> TrainedRun:
+def load_run(run_dir: Path, device: torch.device | None = None, overrides: Sequence[str] = ()) -> TrainedRun:
     """Open a run directory (of `launch/train.py` or `launch/import_published.py`) with its averaged weights.
+
+    `overrides` are `section.key=value` changes to its config.json, e.g. `evaluate.overlap=0.75`.
 
     Raises:
         ConfigError: the directory or one of its files is missing or unreadable.
@@ -84,17 +87,30 @@ def load_run(run_dir: Path, device: torch.device | None = None) -> TrainedRun:
     if not run_dir.is_dir():
         beside = [str(p.parent / p.name) for p in run_dir.parent.glob("*")] if run_dir.parent.is_dir() else []
         raise ConfigError(f"run directory {run_dir} does not exist.{nearest(str(run_dir), beside)}")
-    config = resolve(validate(_read_json(run_dir / "config.json"), source=str(run_dir / "config.json")))
+    config = load_config(run_dir / "config.json", overrides)
     tasks = TaskTable.from_json(_read_json(run_dir / "tasks.json"))
     described = run_dir / "preprocessing.json"
     try:
         preprocessing = Preprocessing.model_validate(_read_json(described)) if described.exists() else Preprocessing()
     except ValidationError as error:
         raise ConfigError(f"{described}: {error}") from None
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     weights = read_weights(run_dir, ema=True)
     model = load_model(config, tasks, weights, device, source=str(run_dir))
     return TrainedRun(run_dir, config, tasks, preprocessing, model, device, digest(weights))
+
+
+def default_device() -> torch.device:
+    """This process's GPU (by LOCAL_RANK under a launcher) if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def use_cores(threads: int | None = None) -> None:
+    """CPU threads of inference: as given, else this process's share of the host's cores (there are no data workers)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def load_model(config: Config, tasks: TaskTable, weights: dict[str, Tensor], device: torch.device, *, source: str) -> nn.Module:

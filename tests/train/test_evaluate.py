@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hermes_dist.errors import CorruptShardError, UsageError
+from hermes_dist.errors import CorruptShardError, TaskError, UsageError
+from hermes_dist.tasks import TaskTable
 from hermes_dist.train import evaluate as ev
 from hermes_dist.train.evaluate_queue import WorkQueue
 from hermes_dist.train.evaluate_slices import read_slice, save_slice, telling_plane
@@ -137,6 +138,16 @@ def test_nan_logits_fail_that_case_only(job):
 def test_an_empty_split_is_a_usage_error(job):
     with pytest.raises(UsageError, match="split 'tset'.*Did you mean 'test'"):
         ev.evaluate(Oracle(TASKS), ev.Job(job.run_dir, job.config, job.stores, TASKS, "tset", "x"))
+
+
+def test_stores_of_other_datasets_or_classes_are_refused(job):
+    swapped = TaskTable.build([("organs", "CT", "x", [("tumour", [7]), ("liver", [8])], None)])
+    dataset = ev.as_trained(swapped.datasets[0], TASKS)
+    assert [(c.name, c.task_id, c.values) for c in dataset.classes] == [("liver", 0, (8,)), ("tumour", 1, (7,))]
+    for classes, name in (([("liver", [1])], "organs"), ([("liver", [1])], "organz")):
+        other = TaskTable.build([(name, "CT", "x", classes, None)])
+        with pytest.raises(TaskError, match="trained on|not in this collection"):
+            ev.as_trained(other.datasets[0], TASKS)
 
 
 def test_max_cases(job, tmp_path):

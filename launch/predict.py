@@ -1,0 +1,82 @@
+"""Raw scans in, masks on their own grid out.
+
+Examples:
+  python launch/predict.py --run runs/demo --input scan.nii.gz --modality CT --tasks liver,phantom_ct/tumour --out masks
+  python launch/predict.py --run runs/demo --input folder_of_scans --modality CT --tasks all --out masks --multilabel
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data_tools.mask_writer import write_multilabel, write_separate
+from data_tools.scans import find_scans, read_scan
+from hermes_dist.errors import HermesError, exit_on_error
+from hermes_dist.train.predict import THRESHOLD, Target, TrainedRun, load_run, predict_scan, resolve_targets, use_cores
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="run directory of launch/train.py or launch/import_published.py")
+    parser.add_argument(
+        "--input", type=Path, required=True, help="a scan (nii, nii.gz, nrrd, mha, mhd), a DICOM folder, or a folder"
+    )
+    parser.add_argument("--modality", required=True, help="as trained, e.g. CT, T1, PET")
+    parser.add_argument("--tasks", required=True, help="comma-separated classes, dataset/class names, or all")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
+    parser.add_argument("--multilabel", action="store_true", help="one label map instead of one file per task")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. evaluate.overlap=0.75")
+    return parser.parse_intermixed_args()
+
+
+def predict_one(run: TrainedRun, path: Path, name: str, targets: list[Target], args: argparse.Namespace) -> list[Path]:
+    """Read, predict and write one scan; returns the files."""
+    scan = read_scan(path)
+    found = predict_scan(run, scan.values(), scan.grid, modality=args.modality, targets=targets)
+    masks = ((answer.target.name, answer.mask_zyx) for answer in found)
+    about = {
+        "scan": str(path),
+        "modality": args.modality,
+        "run": str(args.run),
+        "weights": run.weights_digest,
+        "threshold": THRESHOLD,
+        "findings": [finding.message for finding in scan.findings],
+    }
+    if args.multilabel:
+        return write_multilabel(args.out / f"{name}.nii.gz", masks, scan.grid, like=path, about=about)
+    return write_separate(args.out / name, masks, scan.grid, like=path, about=about)
+
+
+def main() -> int:
+    args = arguments()
+    failed = 0
+    with exit_on_error():
+        scans = find_scans(args.input)
+        use_cores(args.threads)
+        run = load_run(args.run, torch.device(args.device) if args.device else None, args.overrides)
+        targets = resolve_targets(run.tasks, [t.strip() for t in args.tasks.split(",") if t.strip()], args.modality)
+        for name, path in scans.items():
+            started = time.perf_counter()
+            try:
+                files = predict_one(run, path, name, targets, args)
+            except HermesError as error:
+                if len(scans) == 1:
+                    raise
+                failed += 1
+                print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+                continue
+            print(f"{name}: {len(targets)} tasks in {time.perf_counter() - started:.1f} s → {files[-1].parent}", flush=True)
+        if failed:
+            print(f"{failed} of {len(scans)} scans failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""`launch/evaluate.py` as a person runs it: a table, a file, an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hermes_dist.errors import CorruptShardError
+from hermes_dist.shards.store import ShardStore
+from launch import evaluate
+from tests.train.tiny_run import make_run, make_store
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_store(folder / "store")
+    return make_run(folder, data={"patch_vox_zyx": [32, 32, 32], "stores": [str(folder / "store")]})
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process → (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--device", "cpu", "--threads", "1"])
+        try:
+            code = evaluate.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+def test_table_and_file(command, run):
+    code, out, err = command("--run", run, "--split", "test")
+    assert code == 0, err
+    result = json.loads((run / "evaluation" / "test.json").read_text())
+    for row in result["per_class"]:
+        line = next(x for x in out.splitlines() if row["dataset"] in x and f" {row['task']} " in x)
+        assert f"{row['dice']:.3f}" in line
+    assert f"{result['mean']['dice']:.3f}" in out
+    assert "empty references: count" in out
+    assert str(run / "evaluation" / "test.json") in out
+
+
+def test_overrides_change_the_policy(command, run):
+    code, out, _ = command("--run", run, "evaluate.empty_reference=nnunet", "evaluate.max_cases=1")
+    assert code == 0
+    assert "empty references: nnunet" in out
+    assert json.loads((run / "evaluation" / "test.json").read_text())["n_cases"] == 2
+
+
+def test_a_corrupt_case_ends_with_one(command, run, monkeypatch):
+    read = ShardStore.read_case
+
+    def broken(self, row):
+        if row.case_id == "b0":
+            raise CorruptShardError("brains/b0: checksum does not match")
+        return read(self, row)
+
+    monkeypatch.setattr(ShardStore, "read_case", broken)
+    code, out, _ = command("--run", run)
+    assert code == 1
+    assert "not scored: brains/b0: brains/b0: checksum" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--split", "tset"], 2, "Did you mean 'test'"),
+        (["evaluate.overlpa=0.5"], 2, "unknown key 'evaluate.overlpa'. Did you mean 'overlap'"),
+        (['data.stores=["nowhere"]'], 1, "nowhere"),
+        (["data.stores=[]"], 2, "data.stores is empty"),
+    ],
+)
+def test_bad_use(command, run, arguments, code, words):
+    got, out, err = command("--run", run, *arguments)
+    assert got == code, out + err
+    assert words in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_two_processes_give_the_same_file(command, run):
+    command("--run", run)
+    alone = json.loads((run / "evaluation" / "test.json").read_text())
+    launcher = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --".split()
+    line = [sys.executable, *launcher, "launch/evaluate.py", "--run", str(run), "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "evaluation" / "test.json").read_text()) == alone
