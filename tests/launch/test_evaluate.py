@@ -96,8 +96,17 @@ def test_bad_use(command, run, arguments, code, words):
 def test_two_processes_give_the_same_file(command, run):
     command("--run", run)
     alone = json.loads((run / "evaluation" / "test.json").read_text())
-    launcher = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --".split()
-    line = [sys.executable, *launcher, "launch/evaluate.py", "--run", str(run), "--device", "cpu"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
+    line = [sys.executable, *launcher, "--", "launch/evaluate.py", "--run", str(run), "--device", "cpu"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
