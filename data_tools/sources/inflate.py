@@ -26,6 +26,13 @@ MAX_STEP_BYTES = 32 << 20
 MAX_TRAILING_BYTES = 1 << 20
 
 
+def file_digest(path: Path) -> str:
+    """The `digest` that a ByteReader has after it has read this file. Raises RejectedError."""
+    with ByteReader(path) as reader:
+        reader.finish_raw()
+        return reader.digest
+
+
 class ByteReader:
     """Reads one file from front to back.
 
@@ -146,9 +153,13 @@ class ByteReader:
                     f"more than {MAX_TRAILING_BYTES:,} bytes follow the declared voxels",
                     "the header is wrong or the file is a decompression bomb; obtain it anew",
                 )
+        self.finish_raw()
+        return surplus
+
+    def finish_raw(self) -> None:
+        """Hash the rest of the file without looking at it."""
         while self._more():
             pass
-        return surplus
 
     def _next(self, limit: int) -> bytes:
         if self._inflater is None:

@@ -30,17 +30,7 @@ def read_nifti(path: Path) -> RawVolume:
     """Read one file. Raises RejectedError (gzip, truncated, header, geometry, dimensions)."""
     with ByteReader(path) as reader:
         findings: list[Finding] = []
-        gzipped = reader.peek(2) == b"\x1f\x8b"
-        if gzipped:
-            reader.inflate("gzip")
-        elif path.suffix == ".gz":
-            findings.append(Finding("gzip", "note", "named .gz but not compressed; read as it is", "rename it", str(path)))
-        header, consumed = _read_header(reader)
-        offset = int(header["vox_offset"])
-        if not consumed <= offset <= 1 << 26:
-            raise reader.reject("header", f"voxel offset {offset} is impossible", "the header is damaged; obtain the file anew")
-        reader.read(offset - consumed)
-        shape, dtype = _shape(reader, header), _dtype(reader, header)
+        header, shape, dtype = _begin(reader, findings)
         array = reader.array(shape, dtype)
         if surplus := reader.finish():
             findings.append(Finding("surplus", "note", f"{surplus} surplus bytes after the voxels", "harmless", str(path)))
@@ -49,6 +39,27 @@ def read_nifti(path: Path) -> RawVolume:
             slope, intercept = 1.0, 0.0
         grid = _grid(reader, header, (shape[-3], shape[-2], shape[-1]), findings)
         return RawVolume(array, grid, reader.digest, slope, intercept, findings)
+
+
+def measure_nifti(path: Path) -> tuple[Grid, int]:
+    """(grid, bytes per voxel) from the header alone. Raises RejectedError."""
+    with ByteReader(path) as reader:
+        header, shape, dtype = _begin(reader, [])
+        return _grid(reader, header, (shape[-3], shape[-2], shape[-1]), []), dtype.itemsize
+
+
+def _begin(reader: ByteReader, findings: list[Finding]) -> tuple[nib.Nifti1Header, tuple[int, ...], np.dtype]:
+    """Header, shape and type; the reader then stands at the first voxel."""
+    if reader.peek(2) == b"\x1f\x8b":
+        reader.inflate("gzip")
+    elif reader.path.suffix == ".gz":
+        findings.append(Finding("gzip", "note", "named .gz but not compressed; read as it is", "rename it", str(reader.path)))
+    header, consumed = _read_header(reader)
+    offset = int(np.nan_to_num(header["vox_offset"]))
+    if not consumed <= offset <= 1 << 26:
+        raise reader.reject("header", f"voxel offset {offset} is impossible", "the header is damaged; obtain the file anew")
+    reader.read(offset - consumed)
+    return header, _shape(reader, header), _dtype(reader, header)
 
 
 def _read_header(reader: ByteReader) -> tuple[nib.Nifti1Header, int]:

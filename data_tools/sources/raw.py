@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,11 @@ class CaseRef:
     labels: tuple[tuple[Path, int | None], ...]
     channel: int = 0
     options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def image_path(self) -> Path:
+        """The image file, or the folder of a DICOM series."""
+        return self.images[0] if len(self.images) == 1 else self.images[0].parent
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -98,6 +104,16 @@ class Source(Protocol):
     def load(self, case: CaseRef) -> RawCase:
         """Read one case. Raises RejectedError where a file is damaged."""
         ...
+
+    def fingerprint(self, case: CaseRef) -> str:
+        """The digest that `load` would return, from the files' bytes alone: nothing is decoded."""
+        ...
+
+
+def case_digest(file_digests: Sequence[str], case: CaseRef) -> str:
+    """Content hash of a case: every byte of its files, and how they are to be read."""
+    text = "|".join([*file_digests, str([value for _, value in case.labels]), str(case.channel), str(case.options)])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def used_values(classes: Sequence[ClassValues]) -> set[int]:

@@ -1,0 +1,307 @@
+"""Collection files: which raw datasets make up a shard store, what they annotate, and which case is for what.
+
+A collection is the user's JSON; `read_collection_file` resolves it against the disk: cases are listed (no voxels are read),
+classes, modality and splits settled. Adding a dataset means adding an entry, never editing code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_tools.files import read_json
+from data_tools.findings import Finding
+from data_tools.sources import SOURCES
+from data_tools.sources.raw import CaseRef, ClassValues, RawDataset, used_values
+from data_tools.splits import assign_splits
+from hermes_dist.errors import ConfigError, SourceError, UsageError, nearest
+from hermes_dist.tasks import TaskTable
+from hermes_dist.volume.preprocess import Preprocessing
+
+INFORMATION = frozenset(
+    {"canonical_labels", "cases", "patients", "channels", "licence", "license", "citation", "source", "notes", "file_ending",
+     "label_source", "roi_names", "description", "reference", "release", "unverified", "fields", "paper", "sizes"}
+)  # fmt: skip
+"""Keys that people write for people."""
+
+
+class DatasetEntry(BaseModel):
+    """One dataset of a collection file."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str
+    """Unique name; tasks are called `name/class`."""
+    path: str
+    """Folder (or datalist file), relative to the collection file."""
+    layout: str = "auto"
+    """One of SOURCES, or auto."""
+    modality: str | None = None
+    """CT, PET, T1, T2, FLAIR, cineMRI, …; MR where the sequence is not stated. Default: what the dataset itself says."""
+    region: str | None = None
+    """Body region, for people."""
+    labels: list[str] | dict[str, int | list[int]] | None = None
+    """Class names (in the order of label_ids), or name → value(s). Default: what the dataset itself says."""
+    label_ids: list[int | list[int]] | None = None
+    """Label value (or values, for a region) of each name."""
+    ignore_value: int | None = None
+    """Voxels of this value were annotated by nobody."""
+    include: str | None = None
+    """Regular expression that a case id must match."""
+    channel: int = 0
+    """Which channel of multi-channel images."""
+    fold: int = 0
+    """Which fold of nnU-Net's splits_final.json."""
+    overlap: Literal["regions", "priority"] | None = None
+    """One file per class: keep overlaps (at most 8 classes), or let the later class win."""
+    image_suffix: str | None = None
+    """BIDS: suffix of the image (T1w, T2w, …)."""
+    trust_image_grid: bool = False
+    """Labels of the image's shape lie on its grid, whatever their header says."""
+
+
+class CollectionFile(BaseModel):
+    """A collection file as written."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    datasets: list[DatasetEntry]
+    """The datasets, in the order of their task ids."""
+    name: str = "collection"
+    """For people."""
+    version: int = 1
+    """Of the collection, for people."""
+    splits: str | dict[str, dict[str, list[str]]] | None = None
+    """dataset → train / val / test → case ids, or a file with that."""
+    patients: str | dict[str, dict[str, str]] | None = None
+    """dataset → case id → patient, or a file with that; default: every case is its own patient."""
+    shared_tasks: list[list[str]] = []
+    """Groups of `dataset/class` that are one task."""
+    preprocessing: dict[str, Any] = {}
+    """Overrides of the preprocessing defaults."""
+
+
+@dataclass
+class ResolvedDataset:
+    """A dataset as it will be converted.
+
+    `declared_values`: every label value that may occur (a subset of classes may be used). `split_of`: case id → split.
+    """
+
+    name: str
+    modality: str
+    region: str
+    layout: str
+    root: Path
+    classes: list[ClassValues]
+    ignore_value: int | None
+    declared_values: frozenset[int]
+    cases: list[CaseRef]
+    trust_image_grid: bool = False
+    split_of: dict[str, str] = field(default_factory=dict[str, str])
+    patient_of: dict[str, str] = field(default_factory=dict[str, str])
+    findings: list[Finding] = field(default_factory=list[Finding])
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the annotated classes, in order."""
+        return [name for name, _ in self.classes]
+
+    def cases_of(self, split: str) -> list[CaseRef]:
+        """Cases of one split."""
+        return [c for c in self.cases if self.split_of.get(c.case_id) == split]
+
+    def test_cases(self) -> list[CaseRef]:
+        """Cases of the test split."""
+        return self.cases_of("test")
+
+
+@dataclass
+class ResolvedCollection:
+    """All datasets with their preprocessing."""
+
+    name: str
+    datasets: list[ResolvedDataset]
+    shared_tasks: list[list[str]]
+    preprocessing: Preprocessing
+
+    def task_table(self) -> TaskTable:
+        """The task table. Raises TaskError: duplicate names, or shared names that do not exist."""
+        rows = [(d.name, d.modality, d.region, d.classes, d.ignore_value) for d in self.datasets]
+        return TaskTable.build(rows, self.shared_tasks)
+
+
+def read_collection_file(path: Path, known_splits: Mapping[tuple[str, str], str] | None = None) -> ResolvedCollection:
+    """Resolve a collection file against the disk.
+
+    Args:
+        path: the JSON file; paths inside are relative to it.
+        known_splits: (dataset, case id) → split of an existing store; a case keeps it where the collection states none.
+
+    Raises:
+        ConfigError: unknown or wrong keys. SourceError: a dataset that cannot be opened.
+    """
+    file = _parse(path)
+    splits, patients = (_inline(getattr(file, key), path) for key in ("splits", "patients"))
+    datasets = [_resolve(entry, path.parent) for entry in file.datasets]
+    names = [d.name for d in datasets]
+    for table, what in ((splits, "splits"), (patients, "patients")):
+        for name in table.keys() - set(names):
+            raise ConfigError(f"{path}: {what} names dataset {name!r}, which the collection does not have.{nearest(name, names)}")
+    for dataset in datasets:
+        dataset.patient_of = {c.case_id: patients.get(dataset.name, {}).get(c.case_id, c.case_id) for c in dataset.cases}
+    assign_splits(datasets, splits, known_splits or {})
+    return ResolvedCollection(file.name, datasets, file.shared_tasks, preprocessing_of(file.preprocessing, str(path)))
+
+
+def collection_of_sources(
+    sources: Sequence[Path],
+    *,
+    layout: str = "auto",
+    modality: str | None = None,
+    known_splits: Mapping[tuple[str, str], str] | None = None,
+) -> ResolvedCollection:
+    """A collection of raw datasets that were named on the command line. Raises as `read_collection_file`."""
+    entries = [DatasetEntry(name=_safe_dataset_name(s), path=str(s.resolve()), layout=layout, modality=modality) for s in sources]
+    names = [e.name for e in entries]
+    for name in {n for n in names if names.count(n) > 1}:
+        raise UsageError(f"two sources are called {name!r}; rename one, or write a collection file with a name for each")
+    datasets = [_resolve(e, Path()) for e in entries]
+    for dataset in datasets:
+        dataset.patient_of = {c.case_id: c.case_id for c in dataset.cases}
+    assign_splits(datasets, {}, known_splits or {})
+    return ResolvedCollection("sources", datasets, [], Preprocessing())
+
+
+def preprocessing_of(overrides: Mapping[str, Any], where: str) -> Preprocessing:
+    """Defaults with overrides. Raises ConfigError naming the field."""
+    try:
+        return Preprocessing(**overrides)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: preprocessing: {_first_problem(error, list(Preprocessing.model_fields))}") from None
+
+
+def _parse(path: Path) -> CollectionFile:
+    data = read_json(path)
+    try:
+        file = CollectionFile.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_problem(error, list(DatasetEntry.model_fields))}") from None
+    known = {CollectionFile: list(CollectionFile.model_fields), DatasetEntry: list(DatasetEntry.model_fields)}
+    for item, where in [(file, "collection"), *((d, f"dataset {d.name!r}") for d in file.datasets)]:
+        for key in (item.model_extra or {}).keys() - INFORMATION:
+            hint = nearest(key, known[type(item)])
+            if hint:  # an unknown key that looks like one of ours is a typing error; any other is somebody's own remark
+                raise ConfigError(f"{path}: {where} has an unknown key {key!r}.{hint}")
+    return file
+
+
+def _first_problem(error: ValidationError, known: list[str]) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(p) for p in problem["loc"])
+    hint = nearest(str(problem["loc"][-1]), known) if problem["type"] == "extra_forbidden" else ""
+    return f"{place}: {problem['msg']} (got {problem.get('input')!r}).{hint}"
+
+
+def _inline(value: Any, path: Path) -> dict[str, Any]:
+    table = read_json(path.parent / value) if isinstance(value, str) else value or {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path.parent / str(value)}: expected an object, dataset name → …")
+    return table
+
+
+def detect_layout(path: Path) -> str:
+    """The layout of a raw dataset. Raises SourceError if none or several fit."""
+    if not path.exists():
+        raise SourceError(f"{path} does not exist; check the path")
+    fits = [name for name, source in SOURCES.items() if source.detect(path)]
+    if len(fits) != 1:
+        found = f"looks like {' and '.join(fits)}" if fits else f"is none of {', '.join(SOURCES)}"
+        raise SourceError(
+            f"{path} {found}; name the layout with --layout or in the collection, docs/convert-my-data.md shows each"
+        )
+    return fits[0]
+
+
+def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
+    root = (base / entry.path).resolve()
+    layout = detect_layout(root) if entry.layout == "auto" else entry.layout
+    if layout not in SOURCES:
+        raise ConfigError(
+            f"dataset {entry.name!r}: layout {layout!r} is not one of {', '.join(SOURCES)}.{nearest(layout, list(SOURCES))}"
+        )
+    if not root.exists():
+        raise SourceError(f"dataset {entry.name!r}: {root} does not exist; `path` is relative to the collection file")
+    names = list(entry.labels or [])
+    options = {
+        "modality": entry.modality,
+        "channel": entry.channel,
+        "fold": entry.fold,
+        "labels": names,
+        "label_ids": entry.label_ids,
+    }
+    options |= {k: v for k, v in (("overlap", entry.overlap), ("image_suffix", entry.image_suffix)) if v}
+    raw = SOURCES[layout].open(root, options)
+    modality = entry.modality or raw.modality
+    if not modality:
+        raise UsageError(
+            f"dataset {entry.name!r}: the modality is not stated; give --modality or set `modality` in the collection"
+        )
+    classes = _classes(entry, raw)
+    ignore = entry.ignore_value if entry.ignore_value is not None else raw.ignore_value
+    dataset = ResolvedDataset(
+        name=entry.name,
+        modality=modality,
+        region=entry.region or raw.region or "unknown",
+        layout=layout,
+        root=root,
+        classes=classes,
+        ignore_value=ignore,
+        declared_values=frozenset(used_values(classes) | used_values(raw.classes) | ({ignore} if ignore else set())),
+        cases=[c for c in raw.cases if not entry.include or re.search(entry.include, c.case_id)],
+        trust_image_grid=entry.trust_image_grid,
+        findings=[
+            f.at(entry.name, f.case_id)
+            for f in raw.findings
+            if not entry.include or not f.case_id or re.search(entry.include, f.case_id)
+        ],
+    )
+    if not dataset.cases and not dataset.findings:
+        raise SourceError(f"dataset {entry.name!r}: no case found in {root}; check `path`, `layout` ({layout}) and `include`")
+    stated = {c.case_id: part for part, ids in (raw.splits or {}).items() for c in dataset.cases if c.case_id in set(ids)}
+    dataset.split_of = stated
+    return dataset
+
+
+def _classes(entry: DatasetEntry, raw: RawDataset) -> list[ClassValues]:
+    """Declared classes: the collection's where it has some, else the dataset's own."""
+    if isinstance(entry.labels, dict):
+        chosen = [(n, tuple(v) if isinstance(v, list) else (v,)) for n, v in entry.labels.items()]
+        return [(n, v) for n, v in chosen if v != (0,)]
+    if entry.labels is None:
+        if not raw.classes:
+            raise SourceError(f"dataset {entry.name!r} declares no classes; set `labels` and `label_ids` in the collection")
+        return raw.classes
+    if entry.label_ids is not None:
+        if len(entry.label_ids) != len(entry.labels):
+            raise ConfigError(
+                f"dataset {entry.name!r}: {len(entry.labels)} labels but {len(entry.label_ids)} label_ids; one id each"
+            )
+        return [(n, tuple(v) if isinstance(v, list) else (v,)) for n, v in zip(entry.labels, entry.label_ids, strict=True)]
+    own = dict(raw.classes)
+    missing = next((n for n in entry.labels if n not in own), None)
+    if missing is not None and own:
+        raise ConfigError(
+            f"dataset {entry.name!r} has no label {missing!r}; it has {', '.join(own)}.{nearest(missing, list(own))}"
+        )
+    return [(n, own.get(n, (i,))) for i, n in enumerate(entry.labels, 1)]
+
+
+def _safe_dataset_name(source: Path) -> str:
+    name = source.resolve().name if source.is_dir() else source.resolve().parent.name
+    return re.sub(r"^(Dataset|Task)\d+_", "", name) or name

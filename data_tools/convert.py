@@ -1,0 +1,229 @@
+"""Raw datasets → a shard store: plan, convert every case, publish. The same command again goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from data_tools.collection import ResolvedCollection
+from data_tools.findings import Finding, sort_findings
+from data_tools.forecast import forecast, peak_bytes, require_space
+from data_tools.integrity import Expected, find_duplicates
+from data_tools.jobs import Job, Outcome, Status, Target
+from data_tools.journal import Journal, Key, StorePlan
+from data_tools.pool import run_jobs
+from data_tools.progress import ProgressReport
+from hermes_dist.errors import StoreError, UsageError
+from hermes_dist.shards.collection import Collection
+from hermes_dist.shards.store import create_store, open_store
+from hermes_dist.shards.writer import StoreWriter
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a conversion. `part` = (i, n): convert the i-th of n parts and leave publishing to `merge`."""
+
+    format: str = "zarr"
+    workers: int = 0
+    ray_address: str = "local"
+    part: tuple[int, int] | None = None
+    prune: bool = False
+    check_space: bool = True
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did. `collection` is None where nothing was published."""
+
+    url: str
+    status_of: dict[Key, Status] = field(default_factory=dict[Key, Status])
+    findings: list[Finding] = field(default_factory=list[Finding])
+    removed: list[Key] = field(default_factory=list[Key])
+    collection: Collection | None = None
+    input_bytes: int = 0
+    stored_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Cases by how they ended."""
+        return Counter(self.status_of.values())
+
+    @property
+    def rejected(self) -> list[Finding]:
+        """The quarantine list."""
+        return [f for f in self.findings if f.severity == "reject"]
+
+
+def plan_jobs(collection: ResolvedCollection) -> list[Job]:
+    """One job a case, in the order of the collection."""
+    return [
+        Job(d.name, d.layout, case, d.modality, d.split_of.get(case.case_id, "train"), Expected.of(d), collection.preprocessing)
+        for d in collection.datasets
+        for case in d.cases
+    ]
+
+
+def in_part(key: Key, part: tuple[int, int]) -> bool:
+    """Whether a case belongs to part i of n (1-based): by a hash, so that all hosts agree whatever they list."""
+    digest = hashlib.blake2b("/".join(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % part[1] == part[0] - 1
+
+
+def existing_splits(url: str) -> dict[Key, str]:
+    """(dataset, case id) → split of a finished store at this URL; empty where there is none."""
+    try:
+        manifest = open_store(url).manifest
+    except StoreError:
+        return {}
+    return {
+        (manifest.dataset_names[manifest.dataset_index[i]], manifest.case_id(i)): split
+        for split in manifest.splits
+        for i in manifest.rows(None, split)
+    }
+
+
+def convert(collection: ResolvedCollection, url: str, settings: Settings, say: Callable[[str], None] = print) -> ConversionReport:
+    """Convert a collection into the store at `url`.
+
+    Raises:
+        UsageError: nothing to convert, or the store holds datasets that this collection does not name.
+        StoreError, TransientStorageError: the store cannot be written.
+    """
+    started = time.monotonic()
+    tasks = collection.task_table()
+    published = existing_splits(url)
+    lost = sorted({dataset for dataset, _ in published} - {d.name for d in collection.datasets})
+    if lost and not settings.prune:
+        raise UsageError(
+            f"{url} holds dataset {lost[0]!r}, which this conversion does not name; add it, or give --prune to drop it"
+        )
+    jobs = plan_jobs(collection)
+    own_findings = [f for d in collection.datasets for f in d.findings]
+    plan = StorePlan(settings.format, tasks, collection.preprocessing, {j.key: j.split for j in jobs}, own_findings)
+    writer = create_store(url, settings.format, tasks=tasks, preprocessing=collection.preprocessing)
+    journal = Journal(url)
+    if settings.part:
+        jobs = [j for j in jobs if in_part(j.key, settings.part)]
+    if jobs and settings.check_space:
+        say(require_space(forecast(jobs), url))
+    journal.write_plan(plan)
+    report = ConversionReport(url)
+    known = journal.outcomes()
+    for outcome in _run(jobs, Target(writer, journal), settings, report):
+        known[outcome.key] = _remember(outcome, known.get(outcome.key), journal)
+    if settings.part:
+        report.findings = sort_findings([f for j in jobs for f in known[j.key].findings])
+    else:
+        _publish(plan, journal, writer, known, report)
+        report.removed = sorted(published.keys() - plan.split_of.keys())
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def merge(url: str) -> ConversionReport:
+    """Publish what the parts of a conversion have written.
+
+    Raises:
+        StoreError: no unfinished conversion there, or parts that have not run.
+    """
+    started = time.monotonic()
+    journal = Journal(url)
+    plan, known = journal.read_plan(), journal.outcomes()
+    missing = plan.split_of.keys() - known.keys()
+    if missing:
+        example = "/".join(sorted(missing)[0])
+        raise StoreError(
+            f"{url}: {len(missing)} cases were not converted yet, e.g. {example}; run the missing parts, then merge again"
+        )
+    report = ConversionReport(url)
+    report.status_of = {key: known[key].status for key in plan.split_of}
+    published = existing_splits(url)
+    writer = create_store(url, plan.format, tasks=plan.tasks, preprocessing=plan.preprocessing)
+    _publish(plan, journal, writer, known, report)
+    report.removed = sorted(published.keys() - plan.split_of.keys())
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def check(collection: ResolvedCollection, *, workers: int = 0, ray_address: str = "local") -> ConversionReport:
+    """The integrity report of raw data; nothing is written."""
+    started = time.monotonic()
+    jobs = plan_jobs(collection)
+    report = ConversionReport("")
+    outcomes = {o.key: o for o in _run(jobs, None, Settings(workers=workers, ray_address=ray_address), report)}
+    findings = [f for d in collection.datasets for f in d.findings] + [f for o in outcomes.values() for f in o.findings]
+    report.findings = sort_findings([*findings, *_duplicates(outcomes, {j.key: j.split for j in jobs})])
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _run(jobs: Sequence[Job], target: Target | None, settings: Settings, report: ConversionReport) -> list[Outcome]:
+    """All outcomes, counted and shown as they come."""
+    sizes = {j.key: sum(f.stat().st_size for f in j.case.files if f.is_file()) for j in jobs}
+    outcomes: list[Outcome] = []
+    what = "convert" if target else "check"
+    need = peak_bytes if settings.workers > 1 else lambda _: 0
+    with ProgressReport(what, len(jobs), sum(sizes.values())) as progress:
+        for outcome in run_jobs(jobs, target, workers=settings.workers, ray_address=settings.ray_address, peak_bytes=need):
+            outcomes.append(outcome)
+            report.status_of[outcome.key] = outcome.status
+            report.input_bytes += outcome.input_bytes
+            report.stored_bytes += outcome.stored_bytes
+            for finding in outcome.findings:
+                if finding.severity == "reject":
+                    print(f"rejected {finding.dataset}/{finding.case_id}: {finding.message}", file=sys.stderr, flush=True)
+            progress.advance(sizes[outcome.key])
+    return outcomes
+
+
+def _remember(outcome: Outcome, before: Outcome | None, journal: Journal) -> Outcome:
+    """An unchanged case keeps what was found when it was converted; a rejected one is noted for `merge`."""
+    if outcome.status == "unchanged":
+        return before if before is not None and before.content_hash == outcome.content_hash else outcome
+    if outcome.status == "rejected":
+        journal.write(outcome)
+    return outcome
+
+
+def _duplicates(outcomes: dict[Key, Outcome], split_of: dict[Key, str]) -> list[Finding]:
+    images = {key: o.image_hash for key, o in outcomes.items() if o.image_hash and o.status != "rejected" and key in split_of}
+    return find_duplicates(images, split_of)
+
+
+def _publish(plan: StorePlan, journal: Journal, writer: StoreWriter, known: dict[Key, Outcome], report: ConversionReport) -> None:
+    """Leave rejected and leaking cases out, publish the rest and the report."""
+    outcomes = {key: known[key] for key in plan.split_of if key in known}
+    duplicates = _duplicates(outcomes, plan.split_of)
+    leaking = {(f.dataset, f.case_id) for f in duplicates if f.severity == "reject"}
+    keep = {key for key, o in outcomes.items() if o.status != "rejected" and key not in leaking}
+    report.status_of.update(dict.fromkeys(leaking, "rejected"))
+    report.findings = sort_findings([*plan.findings, *(f for o in outcomes.values() for f in o.findings), *duplicates])
+    if not keep:
+        journal.write_findings(report.findings)
+        raise StoreError(f"{report.url}: every case was rejected, so no store was published; integrity.json there says why")
+    report.collection = writer.finish(keep)
+    absent = _absent_classes(report.url, plan)
+    report.findings = sort_findings([*report.findings, *absent])
+    journal.publish([replace(o, seconds=0.0) for o in outcomes.values()], report.findings)
+
+
+def _absent_classes(url: str, plan: StorePlan) -> list[Finding]:
+    """Classes that no case of their dataset shows: a wrong id or name, more often than not."""
+    manifest = open_store(url).manifest
+    findings: list[Finding] = []
+    for dataset in plan.tasks.datasets:
+        seen = [0] * len(dataset.classes)
+        for i in manifest.rows(dataset.name):
+            seen = [a + b for a, b in zip(seen, manifest.row(int(i)).class_voxels, strict=True)]
+            if all(seen):
+                break
+        for entry, voxels in zip(dataset.classes, seen, strict=True):
+            if not voxels:
+                message = f"class {entry.name!r} (values {list(entry.values)[:8]}) occurs in no case"
+                findings.append(Finding("absent class", "warn", message, "check its value", dataset=dataset.name))
+    return findings
