@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from hermes_dist.errors import StoreError, nearest
+from hermes_dist.errors import CorruptShardError, StoreError, nearest
 from hermes_dist.shards import STORES
 from hermes_dist.shards.blocks import BlockName, BlockTable, decode_part, plan_parts
+from hermes_dist.shards.cache import CachedStorage, DiskCache
 from hermes_dist.shards.codec import Scratch
 from hermes_dist.shards.collection import COLLECTION_FILE, Collection, load, open_manifest
 from hermes_dist.shards.layout import ARRAYS, CaseFormat, Layout
@@ -41,10 +42,12 @@ class ReadCounters:
     bytes_read: int = 0
     storage_s: float = 0.0
     decode_s: float = 0.0
+    cache_hits: int = 0
+    cache_misses: int = 0
 
 
 class ShardStore:
-    """Read access to one store; made by `hermes_dist.shards.open_store`.
+    """Read access to one store; made by `open_store`.
 
     Attributes:
         collection: task table, preprocessing, digest.
@@ -55,8 +58,11 @@ class ShardStore:
         StoreError, CorruptShardError: the manifest is missing or does not match the collection.
     """
 
-    def __init__(self, storage: Storage, collection: Collection, form: CaseFormat, reopen: tuple[Any, ...]) -> None:
-        self._storage = storage
+    def __init__(
+        self, origin: Storage, cache: DiskCache | None, collection: Collection, form: CaseFormat, reopen: tuple[Any, ...]
+    ) -> None:
+        self._origin = origin
+        self._storage = CachedStorage(origin, cache) if cache is not None else origin
         self._form = form
         self._reopen = reopen
         self._parallel: ThreadPoolExecutor | None = None
@@ -65,7 +71,7 @@ class ShardStore:
         self._local = threading.local()
         self.counters = ReadCounters()
         self.collection = collection
-        self.manifest = open_manifest(storage, collection)
+        self.manifest = open_manifest(origin, collection)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         return open_store, self._reopen
@@ -133,13 +139,13 @@ class ShardStore:
             self._parallel.shutdown()
             self._parallel = None
 
-    def _table(self, case: ManifestRow, name: str) -> BlockTable:
+    def _table(self, storage: Storage, case: ManifestRow, name: str) -> BlockTable:
         key = (case.uri, name)
         with self._lock:
             if key in self._tables:
                 self._tables.move_to_end(key)
                 return self._tables[key]
-        table = self._form.locate(self._storage, case, name, self.collection.layout)
+        table = self._form.locate(storage, case, name, self.collection.layout)
         with self._lock:
             self._tables[key] = table
             if len(self._tables) > TABLES_KEPT:
@@ -147,9 +153,26 @@ class ShardStore:
         return table
 
     def _read(self, case: ManifestRow, name: str, start: Sequence[int], out: np.ndarray, step: float | None, pad: float) -> None:
-        """Fill `out` with the box at `start` of one array: stored values times `step` (None = as stored)."""
+        """Fill `out` with the box at `start` of one array: stored values times `step` (None = as stored), `pad` outside."""
+        try:
+            self._fill(self._storage, case, name, start, out, step, pad)
+        except CorruptShardError:
+            if self._origin is self._storage:
+                raise
+            self._fill(self._origin, case, name, start, out, step, pad)  # what is damaged may be the copy on this host
+
+    def _fill(
+        self,
+        storage: Storage,
+        case: ManifestRow,
+        name: str,
+        start: Sequence[int],
+        out: np.ndarray,
+        step: float | None,
+        pad: float,
+    ) -> None:
         began = time.perf_counter()
-        table = self._table(case, name)
+        table = self._table(storage, case, name)
         low = [min(max(s, 0), side) for s, side in zip(start, case.shape_vox_zyx, strict=True)]
         high = [min(max(s + n, 0), side) for s, n, side in zip(start, out.shape, case.shape_vox_zyx, strict=True)]
         parts = plan_parts(table.grid, low, high) if all(a < b for a, b in zip(low, high, strict=True)) else []
@@ -162,7 +185,7 @@ class ShardStore:
         scratch = self._scratch(table)
         scale = None if step is None or table.dtype.kind == "f" else np.float32(step)
         decode_s = 0.0
-        for part, view in zip(present, self._storage.read_ranges(table.path, ranges), strict=True):
+        for part, view in zip(present, storage.read_ranges(table.path, ranges), strict=True):
             fetched = time.perf_counter()
             box = decode_part(table, part, view, scratch, BlockName(self.url, table.path, part.number))
             if scale is None:
@@ -170,11 +193,16 @@ class ShardStore:
             else:
                 np.multiply(box, scale, out=inner[part.target])
             decode_s += time.perf_counter() - fetched
+        self._count(sum(length for _, length in ranges), time.perf_counter() - began - decode_s, decode_s)
+
+    def _count(self, n_bytes: int, storage_s: float, decode_s: float) -> None:
         with self._lock:
             self.counters.reads += 1
-            self.counters.bytes_read += sum(length for _, length in ranges)
-            self.counters.storage_s += time.perf_counter() - began - decode_s
+            self.counters.bytes_read += n_bytes
+            self.counters.storage_s += storage_s
             self.counters.decode_s += decode_s
+            if isinstance(self._storage, CachedStorage):
+                self.counters.cache_hits, self.counters.cache_misses = self._storage.hits, self._storage.misses
 
     def _scratch(self, table: BlockTable) -> Scratch:
         """A buffer of one block per thread and type: fresh memory would cost page faults for every crop."""
@@ -199,7 +227,9 @@ def open_store(url: str, cache_dir: str | None = None, cache_mib: int = 0) -> Sh
     """
     storage = open_storage(url)
     collection = load(storage)
-    return ShardStore(storage, collection, _form(collection.format), (url, cache_dir, cache_mib))
+    remote = not isinstance(storage, LocalStorage)
+    cache = DiskCache(cache_dir, cache_mib << 20) if cache_dir and cache_mib and remote else None
+    return ShardStore(storage, cache, collection, _form(collection.format), (url, cache_dir, cache_mib))
 
 
 def create_store(
