@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,16 @@ class ReadCounters:
     decode_s: float = 0.0
     cache_hits: int = 0
     cache_misses: int = 0
+
+
+class _Job(NamedTuple):
+    """Fill `out` with the box at `start_vox_zyx` of one array: stored values times `scale` (None = as stored), `pad` outside."""
+
+    array: str
+    start_vox_zyx: Sequence[int]
+    out: np.ndarray
+    scale: np.float32 | None
+    pad: float
 
 
 class ShardStore:
@@ -98,17 +108,15 @@ class ShardStore:
             )
         image = np.empty(tuple(size_vox_zyx), np.float32)
         label = np.empty(tuple(size_vox_zyx), case.array_type("label")[0])
-        jobs = [("image", image, case.image_step, case.air), ("label", label, None, 0)]
+        scale = np.float32(case.image_step) if case.image_dtype == "int16" else None
+        jobs = [_Job("image", start_vox_zyx, image, scale, case.air), _Job("label", start_vox_zyx, label, None, 0)]
         if isinstance(self._storage, LocalStorage):
-            for name, out, step, pad in jobs:
-                self._read(case, name, start_vox_zyx, out, step, pad)
+            for job in jobs:
+                self._read(case, job)
         else:
             if self._parallel is None:
                 self._parallel = ThreadPoolExecutor(2, thread_name_prefix="shards")
-            waits = [
-                self._parallel.submit(self._read, case, name, start_vox_zyx, out, step, pad) for name, out, step, pad in jobs
-            ]
-            for wait in waits:
+            for wait in [self._parallel.submit(self._read, case, job) for job in jobs]:
                 wait.result()
         return image, label
 
@@ -124,7 +132,7 @@ class ShardStore:
         case = self.manifest.row(row) if isinstance(row, int | np.integer) else row
         dtype, fill = case.array_type(array)
         out = np.empty(tuple(size_vox_zyx), dtype)
-        self._read(case, array, start_vox_zyx, out, None, fill)
+        self._read(case, _Job(array, start_vox_zyx, out, None, fill))
         return out
 
     def read_stored(self, row: int | ManifestRow) -> tuple[np.ndarray, np.ndarray]:
@@ -152,38 +160,28 @@ class ShardStore:
                 self._tables.popitem(last=False)
         return table
 
-    def _read(self, case: ManifestRow, name: str, start: Sequence[int], out: np.ndarray, step: float | None, pad: float) -> None:
-        """Fill `out` with the box at `start` of one array: stored values times `step` (None = as stored), `pad` outside."""
+    def _read(self, case: ManifestRow, job: _Job) -> None:
         try:
-            self._fill(self._storage, case, name, start, out, step, pad)
+            self._fill(self._storage, case, job)
         except CorruptShardError:
             if self._origin is self._storage:
                 raise
-            self._fill(self._origin, case, name, start, out, step, pad)  # what is damaged may be the copy on this host
+            self._fill(self._origin, case, job)  # what is damaged may be the copy on this host
 
-    def _fill(
-        self,
-        storage: Storage,
-        case: ManifestRow,
-        name: str,
-        start: Sequence[int],
-        out: np.ndarray,
-        step: float | None,
-        pad: float,
-    ) -> None:
+    def _fill(self, storage: Storage, case: ManifestRow, job: _Job) -> None:
         began = time.perf_counter()
-        table = self._table(storage, case, name)
+        start, out, scale = job.start_vox_zyx, job.out, job.scale
+        table = self._table(storage, case, job.array)
         low = [min(max(s, 0), side) for s, side in zip(start, case.shape_vox_zyx, strict=True)]
         high = [min(max(s + n, 0), side) for s, n, side in zip(start, out.shape, case.shape_vox_zyx, strict=True)]
         parts = plan_parts(table.grid, low, high) if all(a < b for a, b in zip(low, high, strict=True)) else []
         present = [part for part in parts if table.lengths[part.number]]
         if len(present) != len(parts) or not parts or tuple(b - a for a, b in zip(low, high, strict=True)) != out.shape:
-            out.fill(pad)
+            out.fill(job.pad)
         numbers = [part.number for part in present]
         ranges = list(zip(table.offsets[numbers].tolist(), table.lengths[numbers].tolist(), strict=True))
         inner = out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))]
         scratch = self._scratch(table)
-        scale = None if step is None or table.dtype.kind == "f" else np.float32(step)
         decode_s = 0.0
         for part, view in zip(present, storage.read_ranges(table.path, ranges), strict=True):
             fetched = time.perf_counter()
