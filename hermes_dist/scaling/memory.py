@@ -1,0 +1,91 @@
+"""Memory of one rank: states exactly, activations by formula.
+
+States as this trainer holds them: parameters, gradients and both moments in float32 for either precision (bf16 is autocast around
+the forward pass), the average of the weights on each rank's own part. ZeRO divides the optimizer's states (stage 1), the
+gradients too (2), the parameters too (3) over the ranks. Not counted: the allocator's fragmentation, cuDNN's workspace, the
+Python process; `OVERHEAD_BYTES` stands for them in recommendations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hermes_dist.config import ModelConfig
+from hermes_dist.scaling.model_costs import Layer, Request, layers
+
+MODES = ("none", "selective", "blocks", "full")
+OVERHEAD_BYTES = 2 * 2**30
+"""CUDA context, cuDNN workspaces and fragmentation on a GPU."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of one rank's states."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    master: float
+    ema: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.parameters + self.gradients + self.optimizer + self.master + self.ema
+
+
+def state_bytes(parameters: int, stage: int, world_size: int, *, ema: bool = True) -> StateBytes:
+    """States of one rank under ZeRO `stage` (0–3), in bytes; float32 everywhere. `master`: DeepSpeed's flat copy under ZeRO."""
+    whole, part = 4.0 * parameters, 4.0 * parameters / world_size
+    return StateBytes(
+        parameters=whole if stage < 3 else part,
+        gradients=whole if stage < 2 else part,
+        optimizer=2 * (whole if stage == 0 else part),
+        master=0.0 if stage == 0 else part,
+        ema=(whole if stage == 0 else part) if ema else 0.0,
+    )
+
+
+def kept_activation_elements(config: ModelConfig, request: Request, mode: str) -> int:
+    """float32 elements that autograd keeps per sample between forward and backward pass."""
+    table = layers(config, request)
+    if mode == "none":
+        return sum(layer.kept for layer in table)
+    if mode == "selective":
+        return sum(layer.kept_selective or layer.kept for layer in table)
+    if mode == "blocks":
+        return sum(layer.output if layer.unit in ("residual", "fusion") and layer.flops else layer.kept for layer in table)
+    return sum(_stage_output(stage) for stage in _stages(table))
+
+
+def activation_bytes(config: ModelConfig, request: Request, mode: str, *, micro_batch: int, bytes_per_element: int) -> float:
+    """Peak activations of one micro-batch: what is kept, what the largest recomputed unit keeps meanwhile, and the loss.
+
+    The loss holds logits, targets and their gradient per task column in float32.
+    """
+    kept = kept_activation_elements(config, request, mode)
+    voxels = request.patch_vox_zyx[0] * request.patch_vox_zyx[1] * request.patch_vox_zyx[2]
+    loss = 4.0 * 4 * request.columns * voxels
+    return micro_batch * (bytes_per_element * (kept + redone_elements(config, request, mode)) + loss)
+
+
+def redone_elements(config: ModelConfig, request: Request, mode: str) -> int:
+    """float32 elements that the largest recomputed unit keeps while its backward pass runs."""
+    table = layers(config, request)
+    if mode == "none":
+        return 0
+    if mode == "full":
+        return max(sum(layer.kept for layer in stage) for stage in _stages(table))
+    return max(layer.kept for layer in table)
+
+
+def _stages(table: list[Layer]) -> list[list[Layer]]:
+    """Layers of one name before the dot belong together; so a stage and its fusion are two units, as they are recomputed."""
+    stages: dict[str, list[Layer]] = {}
+    for layer in table:
+        stages.setdefault(layer.name.split(".")[0], []).append(layer)
+    return list(stages.values())
+
+
+def _stage_output(stage: list[Layer]) -> int:
+    return stage[-1].output if stage[-1].unit in ("residual", "fusion") else sum(layer.kept for layer in stage)
