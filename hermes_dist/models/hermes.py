@@ -10,9 +10,11 @@ from torch.nn import functional
 
 from hermes_dist.config import ModelConfig
 from hermes_dist.errors import ConfigError
+from hermes_dist.models import medformer
 from hermes_dist.models.ids import Columns, check_columns
+from hermes_dist.models.medformer import MedFormer
 from hermes_dist.models.output import ModelOutput
-from hermes_dist.models.priors import ModalityHead, PriorPool, PrototypeHead, join_posteriors
+from hermes_dist.models.priors import PLACES, ModalityHead, PriorPool, PrototypeHead, join_posteriors
 from hermes_dist.models.resunet import FUSION_DEPTH, Fusion, ResUNet
 from hermes_dist.tasks import TaskTable
 
@@ -26,7 +28,7 @@ class Hermes(nn.Module):
 
     def __init__(
         self,
-        backbone: ResUNet,
+        backbone: ResUNet | MedFormer,
         pools: dict[str, PriorPool],
         *,
         n_tasks: int,
@@ -100,10 +102,11 @@ def build_hermes(config: ModelConfig, tasks: TaskTable) -> Hermes:
             length=priors.length,
             null=attended,
         )
-        for place in FUSION_DEPTH
+        for place in PLACES
         if place in priors.scales
     }
-    return Hermes(backbone, pools, n_tasks=tasks.n_tasks, n_modalities=n_modalities)
+    aux_channels = backbone.aux_channels if isinstance(backbone, MedFormer) else 0
+    return Hermes(backbone, pools, n_tasks=tasks.n_tasks, n_modalities=n_modalities, aux_channels=aux_channels)
 
 
 def fused_resunet(config: ModelConfig) -> ResUNet:
@@ -111,6 +114,12 @@ def fused_resunet(config: ModelConfig) -> ResUNet:
     depth = {place: n for place, n in FUSION_DEPTH.items() if place in config.priors.scales}
     fusion = Fusion(depth, config.priors.direction == "bidirectional", config.attention)
     return ResUNet(config.base_channels, config.blocks, decoder_blocks(config.blocks), fusion)
+
+
+def fused_medformer(config: ModelConfig) -> MedFormer:
+    """The published MedFormer; `model.priors.scales` says where priors join its tokens."""
+    fusion = Fusion({}, config.priors.direction == "bidirectional", config.attention)
+    return MedFormer(config.base_channels, medformer.FUSION_DEPTH, fusion=fusion)
 
 
 def decoder_blocks(encoder_blocks: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -122,4 +131,7 @@ def decoder_blocks(encoder_blocks: tuple[int, int, int, int]) -> tuple[int, int,
     return b8, b4, b2, 2
 
 
-HERMES_BACKBONES: dict[str, Callable[[ModelConfig], ResUNet]] = {"resunet": fused_resunet}
+HERMES_BACKBONES: dict[str, Callable[[ModelConfig], ResUNet | MedFormer]] = {
+    "resunet": fused_resunet,
+    "medformer": fused_medformer,
+}

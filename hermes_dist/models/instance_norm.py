@@ -7,11 +7,12 @@ times channels: column sums are pairwise, so exact to about 1e-7, and fast.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
 
 _aten = torch.ops.aten
 
@@ -62,8 +63,49 @@ def nr_backward(
         stats: its statistics.
     """
     g = _aten.threshold_backward.grad_input(g, a, 0, grad_input=g)
+    return normalise_backward(g, a, stats, normed)
+
+
+def normalise_backward(
+    g: Float[Tensor, "B N C"], slope: Float[Tensor, "B N C"], stats: Statistics, normed: Float[Tensor, "B N C"]
+) -> Float[Tensor, "B N C"]:
+    """Gradient of InstanceNorm: (g - mean(g) - normed · mean(g · normed)) / std, written over `normed`.
+
+    `slope` stands for `normed` in the last mean; it may differ from it where g is zero.
+    """
     n = g.shape[1]
     g_mean = g.sum(1, keepdim=True, dtype=normed.dtype).div_(n)
-    g_slope = (g * a).sum(1, keepdim=True, dtype=normed.dtype).div_(n)
+    g_slope = (g * slope).sum(1, keepdim=True, dtype=normed.dtype).div_(n)
     torch.addcmul(-g_mean * stats.invstd, normed, -g_slope * stats.invstd, out=normed)
     return normed.addcmul_(g, stats.invstd)
+
+
+class _Norm(Function):
+    """InstanceNorm, then ReLU if asked; keeps its input and the statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, relu: bool) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            normed, stats = normalise(rows_of(x), eps)
+            out = map_of((normed.relu_() if relu else normed).to(x.dtype), x)
+        ctx.save_for_backward(x, *stats)
+        ctx.relu = relu
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean, invstd = ctx.saved_tensors
+        stats = Statistics(mean, invstd)
+        with torch.autocast(g.device.type, enabled=False):
+            normed = normalise_again(rows_of(x), stats)
+            rows = rows_of(g)
+            if ctx.relu:
+                rows = rows * (normed > 0)
+            gx = normalise_backward(rows, normed, stats, normed)
+        return map_of(gx.to(x.dtype), x), None, None
+
+
+def instance_norm(x: Float[Tensor, "B C *grid"], *, eps: float, relu: bool = False) -> Float[Tensor, "B C *grid"]:
+    """InstanceNorm without parameters, then ReLU if `relu`; channels-last in and out."""
+    return _Norm.apply(x, eps, relu)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hermes_dist.errors import ModelError
 from hermes_dist.models.hermes import Hermes
+from hermes_dist.models.medformer import MedFormer
 from hermes_dist.models.priors import PLACES, PriorPool
 from hermes_dist.models.resunet import Fusion, ResUNet
 
@@ -65,6 +66,46 @@ _RESUNET_RULES: list[Rule] = [
 ]
 
 
+_MEDFORMER_PLACES: dict[str, str] = dict(zip(("down2", "down3", "down4", "up1", "up2"), PLACES, strict=True))
+_MAP_PARTS = {
+    "0.norm": "attentions.{}.norm",
+    "0.fn.to_qkv": "attentions.{}.to_qkv",
+    "0.fn.to_out": "attentions.{}.to_out",
+    "1.norm": "mlps.{}.norm",
+    "1.fn.fc1": "mlps.{}.fc1",
+    "1.fn.fc2": "mlps.{}.fc2",
+}
+_BLOCK = r"(down[234]|up[12])\.trans_blocks\.blocks\.(\d+)\."
+
+
+def _block(m: re.Match[str]) -> str:
+    return f"backbone.fusion.{_MEDFORMER_PLACES[m[1]]}.blocks.{m[2]}"
+
+
+_MEDFORMER_RULES: list[Rule] = [
+    *_HEAD_RULES,
+    (r"down(\d)\.patch_merging\.(reduction\.\w+\.weight)", lambda m: f"backbone.merge.{int(m[1]) - 1}.{m[2]}"),
+    (rf"down1\.conv_blocks\.(\d+)\.{_KERNEL}", lambda m: f"backbone.down1.blocks.{m[1]}.{m[2]}"),
+    (rf"up(\d)\.conv_blocks\.(\d+)\.{_KERNEL}", lambda m: f"backbone.up.{int(m[1]) - 3}.blocks.{m[2]}.{m[3]}"),
+    (r"down(\d)\.map_gen\.(\w+\.weight)", lambda m: f"backbone.maps.{int(m[1]) - 2}.{m[2]}"),
+    (r"(\w+)\.prior_selection\.(task|modality)_prior", lambda m: f"pools.{_MEDFORMER_PLACES[m[1]]}.{m[2]}"),
+    (r"up(\d)\.map_reduction\.weight", lambda m: f"backbone.map_reduction.{int(m[1]) - 1}.weight"),
+    (r"map_fusion\.((?:in|out)_proj\.\d\.weight)", lambda m: f"backbone.map_fusion.{m[1]}"),
+    (
+        r"map_fusion\.fusion\.layers\.(\d+)\.(\d\.(?:norm|fn\.\w+))\.(\w+)",
+        lambda m: f"backbone.map_fusion.{_MAP_PARTS[m[2]].format(m[1])}.{m[3]}",
+    ),
+    (rf"{_BLOCK}norm2\.(\w+)", lambda m: f"{_block(m)}.norm_tokens.{m[3]}"),
+    (rf"{_BLOCK}attn\.([\w.]+)", lambda m: f"{_block(m)}.attention.{m[3]}"),
+    (rf"{_BLOCK}shortcut\.conv\.weight", lambda m: f"{_block(m)}.shortcut.weight"),
+    (rf"{_BLOCK}feedforward\.(\w+)\.conv\.weight", lambda m: f"{_block(m)}.feedforward.{m[3]}.weight"),
+    (
+        rf"{_BLOCK}feedforward\.se\.excitation\.([02])\.(\w+)",
+        lambda m: f"{_block(m)}.feedforward.{'squeeze' if m[3] == '0' else 'excite'}.{m[4]}",
+    ),
+]
+
+
 def from_state_dict(state: Mapping[str, Tensor]) -> Hermes:
     """A model with the weights of a published state dict (Hermes-R of any base width and block list; Hermes-M).
 
@@ -75,17 +116,23 @@ def from_state_dict(state: Mapping[str, Tensor]) -> Hermes:
         ModelError: missing or unexpected names, or a tensor of another shape (named, with both shapes).
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    model = _empty_resunet(state)
+    model = _empty_medformer(state) if _is_medformer(state) else _empty_resunet(state)
     load_weights(model, translate(state), {new: old for old, new in rename(state).items()})
     return model
+
+
+def _is_medformer(names: Iterable[str]) -> bool:
+    return any(name.startswith(("map_fusion.", "out_classifier.")) for name in names)
 
 
 def rename(names: Iterable[str]) -> dict[str, str]:
     """Published name -> name here. Raises ModelError listing names that no published model has."""
     renamed: dict[str, str] = {}
     unknown: list[str] = []
+    names = list(names)
+    rules = _MEDFORMER_RULES if _is_medformer(names) else _RESUNET_RULES
     for name in names:
-        for pattern, rule in _RESUNET_RULES:
+        for pattern, rule in rules:
             match = re.fullmatch(pattern, name)
             if match:
                 renamed[name] = rule(match)
@@ -100,13 +147,21 @@ def rename(names: Iterable[str]) -> dict[str, str]:
 
 
 def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names used here, with the null token split from the task tables."""
+    """Weights under the names used here, in the layout used here.
+
+    The null token is split from the task tables. Hermes-M's decoder concatenates [upsampled, skip], this one [skip, upsampled];
+    its squeeze-and-excitation layers are linear here.
+    """
     weights: dict[str, Tensor] = {}
     for old, new in rename(state).items():
+        value = state[old]
         if new.endswith(".task"):
-            weights[new], weights[f"{new.removesuffix('.task')}.null"] = state[old][:-1], state[old][-1:]
-        else:
-            weights[new] = state[old]
+            weights[f"{new.removesuffix('.task')}.null"], value = value[-1:], value[:-1]
+        elif re.fullmatch(r"up\d\.conv_blocks\.0\.(conv1|shortcut)\.conv\.weight", old):
+            value = value.roll(value.shape[0], dims=1)
+        elif ".se.excitation." in old and value.dim() == 5:
+            value = value.flatten(1)
+        weights[new] = value
     return weights
 
 
@@ -162,3 +217,18 @@ def _pools(state: Mapping[str, Tensor], channels: Mapping[str, int], names: Mapp
         for place in names.values()
     }
     return {"pools": pools, "n_tasks": n_rows - 1, "n_modalities": n_modalities}
+
+
+def _empty_medformer(state: Mapping[str, Tensor]) -> Hermes:
+    base = _shape(state, "inc.conv1.weight")[0]
+    backbone = MedFormer(
+        base,
+        {p: _count(state, rf"{name}\.trans_blocks\.blocks\.(\d+)\.") for name, p in _MEDFORMER_PLACES.items()},
+        fusion=Fusion({}, bidirectional=True, kind="fused"),
+        conv_blocks=[_count(state, rf"{stage}\.conv_blocks\.(\d+)\.") for stage in ("down1", "up3", "up4")],
+        map_tokens=_shape(state, "down2.map_gen.semantic_proj.weight")[0],
+        fusion_layers=_count(state, r"map_fusion\.fusion\.layers\.(\d+)\."),
+    )
+    names = {f"{stage}.prior_selection": place for stage, place in _MEDFORMER_PLACES.items()}
+    aux = backbone.aux_channels if any(name.startswith("aux_classifier.") for name in state) else 0
+    return Hermes(backbone, **_pools(state, backbone.place_channels, names), aux_channels=aux)

@@ -11,6 +11,10 @@ from torch.nn import functional
 from hermes_dist.models.published import from_state_dict, rename
 from hermes_dist.seg.losses import pair_losses
 
+# Norms over 8 or 12 voxels at 16x make some gradients ill-conditioned: the float32 reference is itself up to 1.6e-3 (R) and
+# 6.8e-3 (M) away from the same model in float64. Some norms are zero in exact arithmetic (abs=1e-6).
+GRADIENT_TOLERANCE = {"R16": 2e-3, "M": 1e-2}
+
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.detach() - b).norm() / b.norm())
@@ -47,6 +51,5 @@ def test_reference_vectors(vector: Any) -> None:
             null = own[f"{mine.removesuffix('.task')}.null"].grad
             assert null is not None
             grad = torch.cat([grad, null])
-        # The reference itself is up to 1.6e-3 from float64; some norms are zero in exact arithmetic.
         expected = facts["grad_norms"][published]
-        assert float(grad.norm()) == pytest.approx(expected, rel=2e-3, abs=1e-6), published
+        assert float(grad.norm()) == pytest.approx(expected, rel=GRADIENT_TOLERANCE[facts["model"]], abs=1e-6), published
