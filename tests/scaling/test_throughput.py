@@ -1,0 +1,125 @@
+"""Communication volumes, the throughput fit, the data path's needs and its simulation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hermes_dist.errors import ConfigError
+from hermes_dist.scaling.communication import Cluster, step_bytes, step_seconds
+from hermes_dist.scaling.data_path import DataPath, data_need, read_bytes, simulate
+from hermes_dist.scaling.devices import DEVICES, find_device, measured_peak, peak_of
+from hermes_dist.scaling.throughput import Measured, ThroughputFit, TooFewRuns, efficiency, fit_throughput
+
+
+def test_bytes_of_the_stages() -> None:
+    """ZeRO paper: stages 0–2 send 2Ψ, stage 3 sends 3Ψ (here in float32, for many ranks)."""
+    psi = 4e9
+    assert step_bytes(10**9, 0, 1000) == pytest.approx(2 * psi, rel=2e-3)
+    assert step_bytes(10**9, 1, 1000) == step_bytes(10**9, 2, 1000) == step_bytes(10**9, 0, 1000)
+    assert step_bytes(10**9, 3, 1000) == pytest.approx(3 * psi, rel=2e-3)
+    assert step_bytes(10**9, 2, 1000, micro_steps=4) == pytest.approx(5 * psi, rel=2e-3)
+    assert step_bytes(10**9, 3, 1) == 0
+
+
+def test_a_second_node_makes_the_slower_link_count() -> None:
+    cluster = Cluster(8, 450e9, 50e9)
+    inside, across = (step_seconds(10**8, 1, w, cluster) for w in (8, 16))
+    assert 4 < across / inside < 10
+
+
+def test_devices_are_found_by_table_and_driver_name() -> None:
+    assert peak_of("NVIDIA H100 80GB HBM3", "bf16") == 989e12
+    assert peak_of("NVIDIA A100-SXM4-80GB", "fp32") == 156e12
+    assert peak_of("NVIDIA GeForce RTX 4090", "bf16") == 165e12
+    assert peak_of("some new card", "bf16") is None
+    assert {"A100-80G", "H100", "H200", "B200", "RTX4090"} <= set(DEVICES)
+    with pytest.raises(ConfigError, match="Did you mean 'H100'"):
+        find_device("H10")
+
+
+def test_a_measured_peak_is_a_plausible_rate() -> None:
+    assert 1e8 < measured_peak(0.05, side=128) < 1e13
+
+
+def synthetic(noise: float = 0.0) -> list[Measured]:
+    truth = ThroughputFit(
+        dict(zip(("fixed_s", "per_sample_s", "per_doubling_s", "per_megabyte_s"), (0.02, 0.1, 0.01, 1e-4), strict=True)), 0, 0
+    )
+    rng = np.random.default_rng(0)
+    runs = [
+        Measured(w, stage, batch, 60_000_000, truth.step_s(w, stage, batch, 60_000_000) * (1 + noise * rng.normal()))
+        for w in (1, 2, 4, 8)
+        for stage in (1, 3)
+        for batch in (8, 2 * w)
+    ]
+    return list(dict.fromkeys(runs))
+
+
+def test_the_fit_recovers_its_terms_and_extrapolates() -> None:
+    fit = fit_throughput(synthetic())
+    assert isinstance(fit, ThroughputFit)
+    assert list(fit.terms.values()) == pytest.approx([0.02, 0.1, 0.01, 1e-4], rel=1e-3)
+    noisy = fit_throughput(synthetic(0.02))
+    assert isinstance(noisy, ThroughputFit)
+    assert noisy.relative_error < 0.04
+    assert noisy.held_out_error is not None
+    assert noisy.held_out_error < 0.15
+    assert noisy.samples_per_s(64, 1, 128, 60_000_000) == pytest.approx(fit.samples_per_s(64, 1, 128, 60_000_000), rel=0.1)
+
+
+def test_two_world_sizes_are_not_enough() -> None:
+    fit = fit_throughput([r for r in synthetic() if r.ranks <= 2])
+    assert isinstance(fit, TooFewRuns)
+    assert "world sizes" in fit.reason
+
+
+def test_efficiency_is_one_for_perfect_scaling() -> None:
+    weak = [Measured(w, 1, 2 * w, 10**6, 0.5) for w in (1, 2, 4)]
+    strong = [Measured(w, 1, 8, 10**6, 2.0 / w) for w in (1, 2, 4)]
+    assert [e for _, e in efficiency(weak)] == pytest.approx([1, 1, 1])
+    assert [e for _, e in efficiency(strong)] == pytest.approx([1, 1, 1])
+    assert efficiency([*strong, Measured(8, 1, 8, 10**6, 0.5)])[-1][1] == pytest.approx(0.5)
+
+
+def test_a_crop_reads_whole_chunks() -> None:
+    one_chunk = 64**3 * 3 / 2.4
+    assert read_bytes((1, 1, 1)) == pytest.approx(one_chunk)
+    assert read_bytes((65, 65, 65)) == pytest.approx(8 * one_chunk)
+    need = data_need(100.0, (128, 128, 128), cpu_s_per_sample=0.3)
+    assert need.cpu_cores_per_node == pytest.approx(30)
+    assert need.bytes_per_s_per_node == pytest.approx(100 * need.read_bytes_per_sample)
+
+
+PATH = DataPath(
+    ranks=64,
+    samples_per_step=2,
+    compute_s=0.5,
+    workers=4,
+    prefetch=8,
+    cpu_s_per_sample=0.3,
+    bytes_per_sample=8e6,
+    storage_bytes_per_s=50e9,
+)
+
+
+def test_an_ample_data_path_does_not_stall_and_a_thin_one_does() -> None:
+    assert simulate(PATH).stall_fraction < 0.01
+    thin = simulate(dataclasses.replace(PATH, workers=1))
+    assert thin.stall_fraction == pytest.approx(1 - 0.5 / 0.6, abs=0.12)  # 2 × 0.3 s of work in 0.5 s
+    assert thin.samples_per_s < simulate(PATH).samples_per_s
+
+
+def test_more_ranks_jitter_failures_and_slow_storage_stall_more() -> None:
+    base = dataclasses.replace(PATH, cpu_s_per_sample=0.7)
+    stall = simulate(base).stall_fraction
+    assert simulate(dataclasses.replace(base, ranks=1024), steps=100).stall_fraction >= stall
+    assert simulate(dataclasses.replace(base, jitter=1.5)).stall_fraction > stall
+    assert simulate(dataclasses.replace(base, failure_probability=1e-3)).stall_fraction > stall
+    assert simulate(dataclasses.replace(base, storage_bytes_per_s=1e9)).stall_fraction > 0.4
+
+
+def test_the_simulation_is_reproducible() -> None:
+    assert simulate(PATH, seed=3) == simulate(PATH, seed=3)
