@@ -27,10 +27,10 @@ LEVEL = 5
 _SIZES = struct.Struct("<III").unpack_from
 
 
-def crc32c(data: bytes | memoryview | np.ndarray) -> int:
-    """Checksum of a contiguous buffer (Castagnoli, as zarr's crc32c codec)."""
+def crc32c(data: bytes | memoryview | np.ndarray, before: int | None = None) -> int:
+    """Checksum of a contiguous buffer (Castagnoli, as zarr's crc32c codec); `before` = that of what precedes it."""
     view: Any = np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data  # it takes arrays, but no memoryviews
-    return int(google_crc32c.value(view))
+    return int(google_crc32c.value(view) if before is None else google_crc32c.extend(before, view))
 
 
 def compress(block: np.ndarray, cname: str = "lz4hc") -> bytes:
