@@ -338,7 +338,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not a readable JSON file: {error}") from None
     data.pop("$schema", None)  # tells editors where configs/schema.json is
     for override in overrides:
-        _set_dotted(data, override)
+        set_dotted(data, override)
     return resolve(validate(data, source=str(path)))
 
 
@@ -364,7 +364,8 @@ def resolve(config: Config) -> Config:
     return Config.model_validate(data)
 
 
-def _set_dotted(data: dict[str, Any], override: str) -> None:
+def set_dotted(data: dict[str, Any], override: str) -> None:
+    """Apply one `section.key=JSON-or-text` to a plain dict in place. Raises ConfigError if it has another form."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise ConfigError(f"override {override!r}: expected section.key=value")

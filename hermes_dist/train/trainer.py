@@ -55,13 +55,14 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
         HermesError: any of the errors of `hermes_dist.errors`, always before or between steps.
     """
     stores, tasks, preprocessing = run_directory.open_stores(config)
+    tasks = transfer.extend(config.train, tasks)
     fresh = TrainState(seed=config.run.seed, tasks_digest=tasks.digest, collection_digest=run_directory.collection_digest(stores))
     if runtime.rank == 0:
         run_directory.prepare(config, tasks, preprocessing, runtime.world_size)
     runtime.barrier()
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, tasks)
-    transfer.initialise(model, config.train, tasks)
+    transfer.initialise(model, config, tasks)
     engine = Engine(model, config, runtime)
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, runtime)
     state = _restore(checkpointer.load(engine, config.run.resume), fresh, config)

@@ -1,68 +1,142 @@
 """Starting from other weights: rows of the prior tables are carried over by their `dataset/class` and modality names.
 
 Task ids are positions in one collection's table, so they mean nothing in another; names do.
+
+Incremental learning (`train.trainable = new_tasks`, the paper's section 4.4) keeps everything that came along as it is and
+teaches only the new rows of the task and modality tables. The task table then is the old run's, extended by the new datasets,
+so that the new run answers old tasks too, with the same bits. Tables are one tensor each: gradients of old rows are set to
+zero, and without weight decay no optimizer here moves a row whose gradients were always zero.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from hermes_dist.config import TrainConfig
+from hermes_dist.config import Config, TrainConfig
 from hermes_dist.errors import CheckpointError, ConfigError
 from hermes_dist.parallel.checkpoint import read_weights
 from hermes_dist.tasks import TaskTable
 
+Rows = list[tuple[int, int]]
+"""(row here, row there)."""
 
-def initialise(model: nn.Module, config: TrainConfig, tasks: TaskTable) -> None:
-    """Load `train.initial_weights` into the model, if any; does nothing otherwise.
+
+def extend(config: TrainConfig, tasks: TaskTable) -> TaskTable:
+    """The run's task table: the stores', or for incremental learning the old run's followed by the stores' new datasets.
+
+    Raises:
+        ConfigError: incremental learning without weights, without a new dataset, or with other classes of an old one.
+    """
+    if config.trainable == "all":
+        return tasks
+    if config.initial_weights is None:
+        raise ConfigError("train.trainable = 'new_tasks' needs train.initial_weights: the run whose weights stay frozen")
+    known = read_tasks(Path(config.initial_weights))
+    old = {d.name: d for d in known.datasets}
+    for dataset in tasks.datasets:
+        if dataset.name in old and old[dataset.name].class_names != dataset.class_names:
+            raise ConfigError(
+                f"dataset {dataset.name!r} has the classes {', '.join(dataset.class_names)}, but {config.initial_weights} learnt "
+                f"{', '.join(old[dataset.name].class_names)} under that name; give the new dataset another name"
+            )
+    new = TaskTable.merge([TaskTable(tuple(d for d in tasks.datasets if d.name not in old))])
+    if not new.datasets:
+        raise ConfigError(
+            f"train.trainable = 'new_tasks', but data.stores hold only datasets that {config.initial_weights} knows"
+        )
+    return TaskTable.merge([known, new])
+
+
+def initialise(model: nn.Module, config: Config, tasks: TaskTable) -> None:
+    """Load `train.initial_weights` into the model, if any, and freeze what `train.trainable` says.
 
     Raises:
         CheckpointError: the weights are of another architecture; names the first tensor and both shapes.
-        ConfigError: `train.trainable=new_tasks` without weights to start from.
+        ConfigError: incremental learning with weight decay, which would move frozen rows.
     """
-    if config.initial_weights is None:
-        if config.trainable != "all":
-            raise ConfigError("train.trainable = 'new_tasks' needs train.initial_weights: the run whose weights stay frozen")
+    if config.train.initial_weights is None:
         return
-    source = Path(config.initial_weights)
+    source = Path(config.train.initial_weights)
     weights = read_weights(source)
-    run_dir = source if source.is_dir() else source.parent
-    known = TaskTable.from_json(json.loads((run_dir / "tasks.json").read_text()))
+    row_map = _row_map(read_tasks(source), tasks)
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
             raise CheckpointError(f"{source}: has no tensor {name!r}; was it trained with another model section?")
-        rows = _row_map(name, known, tasks)
-        if rows is not None:
-            _copy_rows(tensor, weights[name], rows)
-        elif tensor.shape == weights[name].shape:
-            tensor.copy_(weights[name])
-        elif not name.startswith("modality_head.fc2."):
+        rows = row_map(name)
+        if tensor.shape[rows is not None :] != weights[name].shape[rows is not None :]:
             raise CheckpointError(
                 f"{source}: tensor {name!r} has shape {tuple(weights[name].shape)}, this model expects {tuple(tensor.shape)}; "
                 "use the model section of that run's config.json"
             )
+        _copy(tensor, weights[name], rows)
+    if config.train.trainable == "new_tasks":
+        if config.optimizer.weight_decay:
+            raise ConfigError(
+                f"optimizer.weight_decay = {config.optimizer.weight_decay} would change frozen rows; set it to 0 for new_tasks"
+            )
+        _freeze_known(model, row_map)
 
 
-def _row_map(name: str, known: TaskTable, tasks: TaskTable) -> list[tuple[int, int]] | None:
-    """(row here, row there) for a tensor whose first axis counts tasks or modalities; None for all others."""
-    leaf = name.rsplit(".", 1)[-1]
-    if name.startswith("pools.") and leaf == "task":
-        there = {f"{d.name}/{c.name}": c.task_id for d in known.datasets for c in d.classes}
-        here = {f"{d.name}/{c.name}": c.task_id for d in tasks.datasets for c in d.classes}
-    elif name.startswith("pools.") and leaf == "modality":
-        there = {m: i for i, m in enumerate(known.modalities)}
-        here = {m: i for i, m in enumerate(tasks.modalities)}
-    else:
+def read_tasks(source: Path) -> TaskTable:
+    """`tasks.json` of a run directory, or beside a .safetensors file. Raises ConfigError where there is none."""
+    path = (source if source.is_dir() else source.parent) / "tasks.json"
+    try:
+        return TaskTable.from_json(json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"train.initial_weights: {path} cannot be read ({type(error).__name__}); name a run directory, "
+            "or a .safetensors file that lies beside its tasks.json"
+        ) from None
+
+
+def _row_map(known: TaskTable, tasks: TaskTable) -> Callable[[str], Rows | None]:
+    """For a tensor's name: which rows come from where, if its first axis counts tasks or modalities; None for all others."""
+    there = {f"{d.name}/{c.name}": c.task_id for d in known.datasets for c in d.classes}
+    here = {f"{d.name}/{c.name}": c.task_id for d in tasks.datasets for c in d.classes}
+    task_rows = sorted({(row, there[name]) for name, row in here.items() if name in there})
+    modality_rows = [(i, known.modalities.index(m)) for i, m in enumerate(tasks.modalities) if m in known.modalities]
+
+    def rows(name: str) -> Rows | None:
+        first, last = name.split(".", 1)[0], name.rsplit(".", 1)[-1]
+        if (first == "pools" and last == "task") or name in ("head.weight", "head.bias"):
+            return task_rows
+        if (first == "pools" and last == "modality") or name.startswith("modality_head.fc2."):
+            return modality_rows
         return None
-    return [(row, there[key]) for key, row in here.items() if key in there]
+
+    return rows
 
 
 @torch.no_grad()
-def _copy_rows(target: Tensor, source: Tensor, rows: list[tuple[int, int]]) -> None:
+def _copy(target: Tensor, source: Tensor, rows: Rows | None) -> None:
+    if rows is None:
+        target.copy_(source)
+        return
     for here, there in rows:
         target[here].copy_(source[there])
+
+
+def _freeze_known(model: nn.Module, row_map: Callable[[str], Rows | None]) -> None:
+    """Only new rows of the prior tables (of the channel head, in a traditional model) learn."""
+    for name, parameter in model.named_parameters():
+        rows = row_map(name)
+        learnt = {here for here, _ in rows or ()}
+        if rows is None or name.startswith("modality_head.") or len(learnt) == len(parameter):
+            parameter.requires_grad_(False)
+        elif learnt:
+            frozen = torch.zeros(len(parameter), dtype=torch.bool)
+            frozen[sorted(learnt)] = True
+            parameter.register_hook(_without_rows(frozen.view(-1, *[1] * (parameter.ndim - 1))))
+
+
+def _without_rows(frozen: Tensor) -> Callable[[Tensor], Tensor]:
+    def hook(gradient: Tensor) -> Tensor:
+        return torch.where(frozen.to(gradient.device), torch.zeros((), dtype=gradient.dtype, device=gradient.device), gradient)
+
+    return hook

@@ -1,0 +1,115 @@
+"""Carrying weights over by name, and freezing: old outputs keep their bits while new tokens learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hermes_dist.config import Config
+from hermes_dist.errors import CheckpointError, ConfigError
+from hermes_dist.models import build_model
+from hermes_dist.tasks import TaskTable
+from hermes_dist.train import transfer
+from tests.train.tiny_run import TASKS, make_config, make_run
+
+NEW = TaskTable.build([("pancreas", "CT", "abdomen", [("pancreas", [1]), ("cyst", [2])], None)])
+OTHER_MODALITY = TaskTable.build([("pelvis", "T2", "pelvis", [("prostate", [1])], None)])
+
+
+def config_from(run: Path, tmp_path: Path, trainable: str = "all", **sections: dict) -> Config:
+    train = {"initial_weights": str(run), "trainable": trainable}
+    return make_config(tmp_path, train=train, optimizer={"weight_decay": 0}, **sections)
+
+
+def old_model(run: Path) -> torch.nn.Module:
+    model = build_model(make_config(run.parent).model, TASKS)
+    model.load_state_dict(transfer.read_weights(run))
+    return model.eval()
+
+
+def test_rows_follow_their_names(tmp_path):
+    run = make_run(tmp_path)
+    turned = TaskTable.merge(
+        [NEW, TaskTable.build([("brains", "T1", "brain", [("liver", [2]), ("stem", [1])], None)]), OTHER_MODALITY]
+    )
+    config = config_from(run, tmp_path)
+    model = build_model(config.model, turned)
+    transfer.initialise(model, config, turned)
+    old, new = old_model(run).state_dict(), model.state_dict()
+    for place in ("enc4", "enc16", "dec4"):
+        tasks, modalities = f"pools.{place}.task", f"pools.{place}.modality"
+        torch.testing.assert_close(new[tasks][2:4], old[tasks][[3, 2]], rtol=0, atol=0)
+        torch.testing.assert_close(new[modalities][:2], old[modalities], rtol=0, atol=0)
+        assert not torch.equal(new[tasks][0], old[tasks][0])
+    torch.testing.assert_close(new["modality_head.fc2.weight"][:2], old["modality_head.fc2.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(new["head.fc1.weight"], old["head.fc1.weight"], rtol=0, atol=0)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_extended_table_keeps_old_ids(tmp_path):
+    run = make_run(tmp_path)
+    extended = transfer.extend(config_from(run, tmp_path, "new_tasks").train, TaskTable.merge([OTHER_MODALITY, NEW]))
+    assert [d.name for d in extended.datasets] == ["organs", "brains", "pelvis", "pancreas"]
+    assert [d.task_ids for d in extended.datasets] == [(0, 1), (2, 3), (4,), (5, 6)]
+    assert extended.modalities == ("CT", "T1", "T2")
+    assert transfer.extend(config_from(run, tmp_path).train, NEW) == NEW
+
+
+@pytest.mark.parametrize("method", ["hermes", "traditional"])
+@pytest.mark.parametrize("new", [NEW, OTHER_MODALITY], ids=["known modality", "new modality"])
+@pytest.mark.parametrize("name", ["adamw", "sgd with momentum"])
+def test_only_new_rows_learn_and_old_outputs_keep_their_bits(tmp_path, method, new, name):
+    run = make_run(tmp_path, model={"method": method})
+    config = config_from(run, tmp_path, "new_tasks", model={"method": method})
+    tasks = transfer.extend(config.train, new)
+    model = build_model(config.model, tasks)
+    transfer.initialise(model, config, tasks)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=0.1, weight_decay=0) if name == "adamw" else torch.optim.SGD(learning, 0.1, 0.9)
+    image, dataset = torch.randn(1, 1, 32, 32, 32), tasks.datasets[-1]
+    for _ in range(2):
+        output = model(image, torch.tensor([dataset.task_ids]), torch.tensor([tasks.modality_id(dataset.modality)]))
+        output.mask_logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    tables = {"pools"} if method == "hermes" else {"head"}
+    assert {k.split(".")[0] for k in changed} == tables
+    for key in changed:
+        kept = 2 if key.endswith("modality") else 4
+        assert torch.equal(model.state_dict()[key][:kept], before[key][:kept])
+    old = old_model(run) if method == "hermes" else build_model(config.model, TASKS).eval()
+    old.load_state_dict(transfer.read_weights(run))
+    with torch.no_grad():
+        asked = image, torch.tensor([[0, 1]]), torch.tensor([0])
+        assert torch.equal(model.eval()(*asked).mask_logits, old(*asked).mask_logits)
+
+
+def test_bad_use(tmp_path):
+    run = make_run(tmp_path)
+    with pytest.raises(ConfigError, match="needs train.initial_weights"):
+        transfer.extend(make_config(tmp_path, train={"trainable": "new_tasks"}).train, NEW)
+    with pytest.raises(ConfigError, match="only datasets that"):
+        transfer.extend(config_from(run, tmp_path, "new_tasks").train, TASKS)
+    clash = TaskTable.build([("organs", "CT", "abdomen", [("spleen", [1])], None)])
+    with pytest.raises(ConfigError, match="learnt liver, tumour under that name"):
+        transfer.extend(config_from(run, tmp_path, "new_tasks").train, clash)
+    decay = make_config(tmp_path, train={"initial_weights": str(run), "trainable": "new_tasks"})
+    with pytest.raises(ConfigError, match="weight_decay"):
+        transfer.initialise(build_model(decay.model, TASKS), decay, TASKS)
+    wide = config_from(run, tmp_path, model={"base_channels": 16})
+    with pytest.raises(CheckpointError, match="has shape"):
+        transfer.initialise(build_model(wide.model, TASKS), wide, TASKS)
+    alone = tmp_path / "alone" / "w.safetensors"
+    alone.parent.mkdir()
+    save_file({"a": torch.zeros(1)}, alone)
+    with pytest.raises(ConfigError, match="tasks.json cannot be read"):
+        transfer.read_tasks(alone)
+    (run / "tasks.json").write_text(json.dumps({"datasets": 3}))
+    with pytest.raises(ConfigError, match="tasks.json cannot be read"):
+        transfer.read_tasks(run)
