@@ -134,6 +134,7 @@ class Engine:
             skipped = not norm < float("inf")
             if not skipped and self.ema is not None:
                 self.ema.update()
+            self.partition.clear_gradients()
         self.steps += 1
         self.skipped_steps += skipped
         return StepStats(float("inf") if skipped else norm, skipped, clock.parts_s())
@@ -176,8 +177,8 @@ class Engine:
         for buffer in self.partition.frozen:
             for s in buffer.segments:
                 pieces.setdefault(s.name, []).append((s.start, buffer.master[s.flat_start : s.flat_start + s.length]))
-        frozen = {s.name for b in self.partition.frozen for s in b.segments}
-        whole = {name: self._assemble(name, pieces.get(name, []), name in frozen) for name in self.partition.shapes}
+        trainable = set(self.partition.trainable_names)
+        whole = {name: self._assemble(name, pieces.get(name, []), name not in trainable) for name in self.partition.shapes}
         buffers = {name: b.detach().cpu().clone() for name, b in self.module.named_buffers()}
         return {**whole, **{n: b for n, b in buffers.items() if n in self.module.state_dict()}}
 

@@ -142,8 +142,9 @@ class FragmentReader:
                 target[low - start : high - start].copy_(piece)
                 filled += high - low
         if filled != target.numel():
+            missing = target.numel() - filled
             raise CheckpointError(
-                f"{self._directory}: {kind} of {name!r} lacks {target.numel() - filled} of {target.numel()} elements from {start}; "
+                f"{self._directory}: {kind} of {name!r} lacks {missing} of {target.numel()} elements from {start}; "
                 "the checkpoint was written by another model or configuration"
             )
 

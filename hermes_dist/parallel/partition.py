@@ -38,21 +38,20 @@ class FlatBuffer:
 class Partition:
     """What this rank owns.
 
+    `shapes` and `trainable_names` list all parameters of the model in module order, the same on every rank.
     `replicated`: every rank owns everything (stage 0), so sums over segments are complete without communication.
     `publish` copies masters into the model's parameters on all ranks, after masters were changed by hand (collective).
+    `clear_gradients` zeroes gradient buffers that outlive a step: DeepSpeed overwrites only what the next step uses, so a
+    parameter that a step leaves out would meet its old gradient again (stage 3, and any stage with offload).
     """
 
     buffers: tuple[FlatBuffer, ...]
     frozen: tuple[FlatBuffer, ...]
     shapes: dict[str, torch.Size]
+    trainable_names: tuple[str, ...]
     replicated: bool
     publish: Callable[[], None]
-
-    @property
-    def trainable_names(self) -> list[str]:
-        """Names of trainable parameters, in module order."""
-        frozen = {s.name for b in self.frozen for s in b.segments}
-        return [name for name in self.shapes if name not in frozen]
+    clear_gradients: Callable[[], None]
 
     def owned(self, rank: int, world_size: int) -> tuple[FlatBuffer, ...]:
         """The trainable buffers that this rank writes into a checkpoint: each element is written by one rank."""
@@ -72,14 +71,25 @@ def describe_partition(module: nn.Module, optimizer: Any, stage: int, shapes: di
     """
     names = {id(p): name for name, p in module.named_parameters()}
     frozen_params = [p for p in module.parameters() if not p.requires_grad]
+    trainable = tuple(name for name, p in module.named_parameters() if p.requires_grad)
     if stage == 3:
         frozen = tuple(_frozen_shard(p, names[id(p)], shapes) for p in frozen_params)
-        return Partition(_stage3_buffers(optimizer, names, shapes), frozen, shapes, False, lambda: _publish_stage3(optimizer))
+        buffers = _stage3_buffers(optimizer, names, shapes)
+        return Partition(
+            buffers,
+            frozen,
+            shapes,
+            trainable,
+            False,
+            lambda: _publish_stage3(optimizer),
+            lambda: _zero_stage3(optimizer, buffers),
+        )
     frozen = tuple(_whole(p, names[id(p)]) for p in frozen_params)
     if stage == 0:
         buffers = tuple(_whole(p, name) for name, p in module.named_parameters() if p.requires_grad)
-        return Partition(buffers, frozen, shapes, True, lambda: None)
-    return Partition(_stage12_buffers(optimizer, names), frozen, shapes, False, optimizer.update_lp_params)
+        return Partition(buffers, frozen, shapes, trainable, True, lambda: None, lambda: _zero_gradients(buffers))
+    buffers = _stage12_buffers(optimizer, names)
+    return Partition(buffers, frozen, shapes, trainable, False, optimizer.update_lp_params, lambda: _zero_gradients(buffers))
 
 
 def _whole(param: Tensor, name: str) -> FlatBuffer:
@@ -143,3 +153,14 @@ def _publish_stage3(optimizer: Any) -> None:
             shard.data = part.data
     if persistent:
         persistent[0].all_gather(persistent)
+
+
+def _zero_gradients(buffers: tuple[FlatBuffer, ...]) -> None:
+    for buffer in buffers:
+        if buffer.key.grad is not None:
+            buffer.key.grad.zero_()
+
+
+def _zero_stage3(optimizer: Any, buffers: tuple[FlatBuffer, ...]) -> None:
+    _zero_gradients(buffers)
+    optimizer.grad_partitions_flat_buffer.zero_()

@@ -79,6 +79,11 @@ class Runtime:
             raise self.explain(error, "gather over ranks") from error
         return [part[:size].numpy() for part, size in zip(parts, sizes, strict=True)]
 
+    def say(self, line: str) -> None:
+        """A line for the person at the terminal, once per run."""
+        if self.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
     def broadcast_int(self, value: int) -> int:
         """Rank 0's integer, on every rank."""
         return int(self.sum(torch.tensor([value if self.rank == 0 else 0], dtype=torch.int64))[0])
@@ -116,19 +121,22 @@ class Runtime:
         text = str(error)
         if not any(sign in text for sign in ("imed out", "imeout", "Connection closed", "Connection reset", "closed by peer")):
             return error
-        where = self.watchdog.describe()
+        where, first_line = self.watchdog.describe(), text.splitlines()[0][:200]
         return WaitTimeoutError(
-            f"{where}: {operation} did not complete within {self.limit_s:.0f} s, or a peer is gone: {text.splitlines()[0][:200]}. "
+            f"{where}: {operation} did not complete within {self.limit_s:.0f} s, or a peer is gone: {first_line}. "
             "Look at the other ranks' output for the first failure; train.step_limit_s is the limit"
         )
 
     def close(self) -> None:
-        """Leave the process group and restore the signal handlers."""
+        """Leave the process group and restore the signal handlers.
+
+        A world of one keeps its group: DeepSpeed holds on to it, and a second run in the same process uses it again.
+        """
         self.watchdog.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         self._handlers.clear()
-        if dist.is_initialized():
+        if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -195,7 +203,8 @@ def _join(place: Place, device: torch.device, limit_s: float) -> None:
     timeout = timedelta(seconds=limit_s)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.master is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     address, port = place.master
     os.environ.setdefault("MASTER_ADDR", address)

@@ -81,7 +81,6 @@ def _persistent_names(prefix: str, module: torch.nn.Module) -> list[str]:
 
 def _common(engine: Engine) -> dict[str, Any]:
     steps = [int(engine.optimizer.state[b.key]["step"]) for b in engine.partition.buffers if engine.optimizer.state.get(b.key)]
-    frozen = {s.name for b in engine.partition.frozen for s in b.segments}
     return {
         "optimizer": engine.config.optimizer.name,
         "optimizer_steps": max(steps, default=0),
@@ -90,7 +89,7 @@ def _common(engine: Engine) -> dict[str, Any]:
         "skipped_steps": engine.skipped_steps,
         "zero_stage": engine.stage,
         "shapes": {name: list(shape) for name, shape in engine.partition.shapes.items()},
-        "trainable": [name for name in engine.partition.shapes if name not in frozen],
+        "trainable": list(engine.partition.trainable_names),
     }
 
 

@@ -1,0 +1,62 @@
+"""Stop and go on: bitwise in the same world, to rounding in another world or ZeRO stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.multiproc.cases import BASE, reference, run_cases
+
+STAGES = (0, 1, 2, 3)
+OPTIMIZERS = ("lamb", "adamw")
+STOP, END = 4, 8
+
+
+def case(stage: int, optimizer: str, **more: Any) -> dict[str, Any]:
+    return {**BASE, "steps": END, "stage": stage, "optimizer": optimizer, "micro_batch": 1, **more}
+
+
+@pytest.mark.multiproc
+def test_resume_in_the_same_world_is_bitwise(tmp_path: Path) -> None:
+    cases: list[dict[str, Any]] = []
+    for stage in STAGES:
+        optimizer = OPTIMIZERS[stage % 2]
+        run = {"run": str(tmp_path / f"run{stage}"), "background": stage % 2 == 0}
+        cases += [
+            case(stage, optimizer),
+            case(stage, optimizer, **run, steps=STOP, save_at=[STOP]),
+            case(stage, optimizer, **run, save_at=[]),
+        ]
+    results = run_cases(cases, 2, tmp_path)
+    for whole, _, resumed in zip(results[::3], results[1::3], results[2::3], strict=True):
+        assert resumed["first_step"] == STOP
+        assert resumed["loss"] == whole["loss"][STOP:]
+        assert resumed["norm"] == whole["norm"][STOP:]
+        assert resumed["weights"] == whole["weights"]
+        assert resumed["ema"] == whole["ema"]
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_resume_in_another_world_and_stage_goes_on_as_if_nothing_happened(world_size: int, tmp_path: Path) -> None:
+    """Written by two ranks; read by one and by four, in the same and in another ZeRO stage. No conversion step."""
+    pairs = [(stage, optimizer) for stage in STAGES for optimizer in OPTIMIZERS]
+    first = [
+        case(stage, optimizer, run=str(tmp_path / f"{stage}{optimizer}"), steps=STOP, save_at=[STOP])
+        for stage, optimizer in pairs
+    ]
+    run_cases(first, 2, tmp_path)
+    second: list[dict[str, Any]] = []
+    for stage, optimizer in pairs:
+        for new_stage in (stage, (stage + 1) % 4):
+            run = tmp_path / f"{stage}{optimizer}-to-{new_stage}"
+            shutil.copytree(tmp_path / f"{stage}{optimizer}", run)
+            second.append(case(new_stage, optimizer, run=str(run), save_at=[]))
+    for resumed, spec in zip(run_cases(second, world_size, tmp_path), second, strict=True):
+        assert resumed["first_step"] == STOP
+        want = reference(spec["optimizer"])
+        np.testing.assert_allclose(resumed["loss"], want["loss"][STOP:END], rtol=1e-5, err_msg=spec["run"])
