@@ -12,8 +12,10 @@ import os
 import re
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import repeat
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,7 +24,7 @@ from obstore import exceptions as obstore_errors
 from obstore.store import HTTPStore, from_url
 
 from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
-from hermes_dist.shards.storage import LocalStorage, Storage, check_path, split_url
+from hermes_dist.shards.storage import LocalStorage, Storage, check_path, coalesce, split_url
 
 RETRIES = {
     "max_retries": 2,
@@ -30,6 +32,11 @@ RETRIES = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2), "base": 2},
 }
 TIMEOUTS = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=10)}
+MAX_GAP_BYTES = 1 << 20
+"""Ranges closer than this are fetched by one request (as long a transfer as a request's latency) …"""
+MAX_JOINED_BYTES = 16 << 20
+"""… up to this size; more is fetched concurrently."""
+CONCURRENT_REQUESTS = 8
 PERMANENT_STATUS = re.compile(r"status(?: code)?:? (?:4(?!08|25|29)\d\d|301)\b", re.IGNORECASE)
 """Answers that will not change: 4xx apart from 408 Timeout, 425 Too Early, 429 Too Many Requests; a wrong region."""
 
@@ -56,6 +63,7 @@ class RemoteStorage:
             )
         self._url = url.rstrip("/")
         self._client: tuple[int, Any] | None = None
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> str:
@@ -110,17 +118,30 @@ class RemoteStorage:
         check_path(path)
         if not ranges:
             return
+        groups = coalesce(ranges, MAX_GAP_BYTES, MAX_JOINED_BYTES)
+        if len(groups) == 1:
+            parts = iter([self._get_range(path, groups[0][0], groups[0][1])])
+        else:
+            parts = self._threads().map(self._get_range, repeat(path), [g[0] for g in groups], [g[1] for g in groups])
+        for part, (_, _, members) in zip(parts, groups, strict=True):
+            for offset, length in members:
+                yield part[offset : offset + length]
+
+    def _get_range(self, path: str, start: int, length: int) -> memoryview:
+        # Not `get_ranges`: it ends in a Rust panic (a BaseException) where an object is shorter than a joined range.
         with self._errors(path):
-            parts = obstore.get_ranges(
-                self._store, path, starts=[start for start, _ in ranges], lengths=[length for _, length in ranges]
+            part = memoryview(obstore.get_range(self._store, path, start=start, length=length))
+        if len(part) != length:
+            raise CorruptShardError(
+                f"{self._url}/{path} ends at byte {start + len(part)}, expected {start + length}; convert this case again"
             )
-        for part, (start, length) in zip(parts, ranges, strict=True):
-            view = memoryview(part)
-            if len(view) != length:
-                raise CorruptShardError(
-                    f"{self._url}/{path} ends at byte {start + len(view)}, expected {start + length}; convert this case again"
-                )
-            yield view
+        return part
+
+    def _threads(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None or self._pool[0] != os.getpid():
+                self._pool = (os.getpid(), ThreadPoolExecutor(CONCURRENT_REQUESTS, thread_name_prefix="obstore"))
+            return self._pool[1]
 
     def size(self, path: str) -> int | None:
         """See `Storage.size`."""

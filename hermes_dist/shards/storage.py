@@ -98,14 +98,14 @@ def split_url(url: str) -> tuple[str, str]:
     return scheme, url
 
 
-def coalesce(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, list[tuple[int, int]]]]:
+def coalesce(ranges: Sequence[tuple[int, int]], max_gap: int, max_joined: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
     """Join neighbours that lie near: `[(start, length, [(offset inside, length)])]`, keeping the order."""
     groups: list[tuple[int, int, list[tuple[int, int]]]] = []
     for start, length in ranges:
         if groups:
             first, total, members = groups[-1]
             stop = start + length
-            if first + total <= start <= first + total + MAX_GAP_BYTES and stop - first <= MAX_JOINED_BYTES:
+            if first + total <= start <= first + total + max_gap and stop - first <= max_joined:
                 members.append((start - first, length))
                 groups[-1] = (first, stop - first, members)
                 continue
@@ -150,7 +150,7 @@ class LocalStorage:
 
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """See `Storage.read_ranges`."""
-        groups = coalesce(ranges)
+        groups = coalesce(ranges, MAX_GAP_BYTES, MAX_JOINED_BYTES)
         buffer = self._buffer(max((length for _, length, _ in groups), default=0))
         with self._errors(path), open(self._locate(path), "rb", buffering=0) as file:
             for start, length, members in groups:

@@ -1,0 +1,206 @@
+"""A store behind a web server that throttles, stalls, cuts connections, lies about length or loses objects."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
+from hermes_dist.shards import remote
+from hermes_dist.shards.case import CaseRecord
+from hermes_dist.shards.layout import Layout
+from hermes_dist.shards.store import create_store, open_store
+from hermes_dist.tasks import TaskTable
+from hermes_dist.volume.preprocess import Preprocessing
+
+pytestmark = pytest.mark.faults
+TASKS = TaskTable.build([("ct", "CT", "trunk", [("liver", [1])], None)])
+SHAPE = (40, 50, 70)
+
+
+class RangeServer(ThreadingHTTPServer):
+    """Serves a folder with byte ranges; `faults` says how the next answers go wrong (one entry is used up per request)."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root = root
+        self.faults: list[str] = []
+        self.ranges: list[str] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is part of these tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: RangeServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET(body=False)
+
+    def do_GET(self, body: bool = True) -> None:
+        path = self.server.root / self.path.lstrip("/").replace("%3D", "=")
+        asked = re.match(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", ""))
+        with self.server.lock:
+            fault = self.server.faults.pop(0) if self.server.faults else ""
+            if asked:
+                self.server.ranges.append(self.headers["Range"])
+        if fault.isdigit():
+            self.send_error(int(fault))
+            return
+        if fault == "stall":
+            time.sleep(3)
+        if fault == "reset":
+            self.connection.close()
+            return
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        total = len(data)
+        if asked:
+            first, last = int(asked[1]), min(int(asked[2] or total - 1), total - 1)
+            if first >= total:
+                self.send_error(416)
+                return
+            data = data[first : last + 1]
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{total}")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+        self.end_headers()
+        if fault == "flip" and data:
+            data = bytes([data[0] ^ 1]) + data[1:]
+        if body:
+            self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+        if fault == "cut":
+            self.connection.close()
+
+
+@pytest.fixture(params=[("zarr", Layout(32)), ("webdataset", Layout(40))], ids=["zarr", "webdataset"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RangeServer]:
+    form, layout = request.param
+    root = tmp_path / "store"
+    writer = create_store(str(root), form, tasks=TASKS, preprocessing=Preprocessing(image_dtype="int16"), layout=layout)
+    for i in range(2):
+        image = np.random.default_rng(i).normal(size=SHAPE).astype(np.float32)
+        label = np.zeros(SHAPE, np.uint8)
+        label[10:20, 5:30, 20:40] = 1
+        writer.write_case(CaseRecord("ct", f"c{i}", "CT", "train", (1.5, 1.5, 1.5), "{}", f"h{i}"), image, label)
+    writer.finish()
+    served = RangeServer(root)
+    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """obstore gives up after one retry and a second of silence, so that the tests are quick."""
+    backoff = {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=10), "base": 2}
+    monkeypatch.setattr(remote, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=5), "backoff": backoff})
+    monkeypatch.setattr(remote, "TIMEOUTS", {"timeout": timedelta(seconds=1), "connect_timeout": timedelta(seconds=1)})
+
+
+def test_the_same_voxels_by_http(server: RangeServer) -> None:
+    store, local = open_store(server.url), open_store(str(server.root))
+    for box in (((0, 0, 0), SHAPE), ((-5, 20, 30), (30, 64, 30))):
+        for ours, theirs in zip(store.read_crop(1, *box), local.read_crop(1, *box), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert server.ranges
+    store.close()
+
+
+def test_near_ranges_are_one_request(server: RangeServer) -> None:
+    store = open_store(server.url)
+    store.read_crop(0, (0, 0, 0), (20, 20, 20))
+    server.ranges.clear()
+    store.read_crop(0, (0, 0, 0), SHAPE)
+    assert len(server.ranges) <= 2, server.ranges
+    store.close()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("fault", ["503", "500", "429", "stall", "reset", "cut"])
+def test_what_may_pass_is_transient_and_passes(server: RangeServer, fault: str) -> None:
+    store, local = open_store(server.url), open_store(str(server.root))
+    server.faults = [fault] * 40
+    began = time.monotonic()
+    with pytest.raises(TransientStorageError) as error:
+        store.read_crop(0, (0, 0, 0), (20, 20, 20))
+    assert time.monotonic() - began < 20
+    assert server.url in str(error.value)
+    time.sleep(0 if fault != "stall" else 0.1)
+    server.faults = []
+    np.testing.assert_array_equal(store.read_crop(0, (0, 0, 0), (20, 20, 20))[0], local.read_crop(0, (0, 0, 0), (20, 20, 20))[0])
+    store.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_single_hiccup_is_smoothed_over(server: RangeServer) -> None:
+    store = open_store(server.url)
+    server.faults = ["503"]
+    store.read_crop(0, (0, 0, 0), (20, 20, 20))
+    store.close()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("fault", ["403", "401", "400"])
+def test_what_will_not_change_is_not_transient(server: RangeServer, fault: str) -> None:
+    store = open_store(server.url)
+    server.faults = [fault] * 40
+    with pytest.raises(StoreError):
+        store.read_crop(0, (0, 0, 0), (20, 20, 20))
+    store.close()
+
+
+def test_lost_and_cut_objects(server: RangeServer) -> None:
+    store = open_store(server.url)
+    largest = max((p for p in server.root.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    number = next(i for i in range(2) if store.manifest.row(i).uri in str(largest))
+    os.truncate(largest, largest.stat().st_size // 4)
+    with pytest.raises(CorruptShardError):
+        store.read_case(number)
+    largest.unlink()
+    with pytest.raises(StoreError, match="does not exist"):
+        open_store(server.url).read_case(number)
+    store.read_case(1 - number)
+    store.close()
+
+
+def test_bits_flipped_on_the_way_are_noticed_and_asked_for_again(server: RangeServer, tmp_path: Path) -> None:
+    local = open_store(str(server.root))
+    plain = open_store(server.url)
+    server.faults = ["flip"] * 8
+    with pytest.raises(CorruptShardError):
+        plain.read_case(0)
+    server.faults = []
+    cached = open_store(server.url, cache_dir=str(tmp_path / "cache"), cache_mib=8)
+    cached.read_crop(0, (0, 0, 0), (1, 1, 1))
+    server.faults = ["flip"] * 2
+    np.testing.assert_array_equal(cached.read_case(0)[0], local.read_case(0)[0])
+    plain.close()
+    cached.close()
