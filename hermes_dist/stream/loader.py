@@ -174,7 +174,7 @@ class Stream:
             samples = iter(self._source)
             for step in range(self._step, self._config.train.max_steps):
                 item = self._assemble(step, samples)
-                if not self._put(item):
+                if item is None or not self._put(item):
                     return
         except BaseException as error:  # a thread must not die silently: the loop raises what it is given
             self._put(error)
@@ -186,7 +186,8 @@ class Stream:
                 return True
         return False
 
-    def _assemble(self, step: int, samples: Iterator[Sample]) -> _Ready:
+    def _assemble(self, step: int, samples: Iterator[Sample]) -> _Ready | None:
+        """One step of this rank, or None if the stream was closed meanwhile."""
         size, world = self._config.train.global_batch, self._world_size
         rows = self._reader.plan.rows(step * size, (step + 1) * size)
         start, stop = local_part(step, size, self._rank, world)
@@ -195,6 +196,8 @@ class Stream:
             self._awaited = f"the sample of position {position}"
             sample = next(samples, None)
             self._progress = time.monotonic()
+            if self._stop.is_set():
+                return None
             if sample is None or sample.position != position:
                 found = "the end" if sample is None else f"position {sample.position}"
                 raise AssertionError(f"the source returned {found} where position {position} was due")

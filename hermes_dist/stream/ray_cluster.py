@@ -8,7 +8,6 @@ started: the ranks connect to the cluster that is there.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from hermes_dist.config import StreamConfig
 from hermes_dist.errors import ConfigError, StreamError, WaitTimeoutError
 
 START_LIMIT_S = 120.0
+LEAVE_LIMIT_S = 20.0
 MAX_TEMP_CHARS = 40
 """Ray appends about 65 characters to its temp folder for socket paths, which Linux limits to 107."""
 
@@ -36,7 +36,6 @@ def quiet_ray() -> None:
     # sibling ranks then fail to connect. Whoever wants it sets the variable for all ranks.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -56,35 +55,36 @@ class Cluster:
 
     def __init__(self, config: StreamConfig, *, local_rank: int, local_world_size: int) -> None:
         quiet_ray()
-        self._rendezvous: Path | None = None
-        self._temp_dir: Path | None = None
-        self.owner = False
-        if ray.is_initialized():
-            self.address = str(ray.get_runtime_context().gcs_address)
-            self._connected = False
-            return
-        self._connected = True
+        self._mark: Path | None = None
+        self._home: Path | None = None
+        self._siblings = range(0)
+        self._connected = not ray.is_initialized()
+        if not self._connected:
+            return  # a test or a notebook has its own connection: use it, and leave it alone
         if config.ray_address != "local":
-            self.address = _connect(config.ray_address)
-            return
-        self._rendezvous = rendezvous_path()
-        if local_rank == 0:
-            self.owner = True
-            self._temp_dir = _new_temp_dir()
-            self.address = _start(config, self._temp_dir, local_world_size)
-            _announce(self._rendezvous, self.address)
+            _connect(config.ray_address)
+        elif local_rank == 0:
+            self._home = _new_home()
+            self._siblings = range(1, local_world_size)
+            _announce(self._home, _start(config, self._home, local_world_size))
         else:
-            self.address = _connect(_await_address(self._rendezvous))
+            found = _await_cluster()
+            self._mark = Path(found["home"]) / f"rank{local_rank}"
+            _write_atomically(self._mark, _this_process())
+            _connect(found["address"])
 
     def close(self) -> None:
-        """Disconnect; the owner also ends the cluster and removes its files."""
+        """Disconnect. Who started the cluster waits for its siblings to leave (at most LEAVE_LIMIT_S), then ends it."""
         if self._connected:
+            if self._home is not None:
+                _await_leave([self._home / f"rank{r}" for r in self._siblings])
             ray.shutdown()
-        if self.owner and self._rendezvous is not None:
-            self._rendezvous.unlink(missing_ok=True)
-        if self._temp_dir is not None:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
-        self._connected = self.owner = False
+        if self._mark is not None:
+            _write_atomically(self._mark, {"left": True})
+        if self._home is not None:
+            rendezvous_path().unlink(missing_ok=True)
+            shutil.rmtree(self._home, ignore_errors=True)
+        self._connected, self._mark, self._home = False, None, None
 
 
 def local_place(rank: int, world_size: int) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def rendezvous_path() -> Path:
     return Path(tempfile.gettempdir()) / f"hermes-ray-{os.getuid()}-{launcher}-{port}.json"
 
 
-def _start(config: StreamConfig, temp_dir: Path, local_world_size: int) -> str:
+def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
     workers = max(config.workers, config.max_workers or 0)
     options: dict[str, Any] = {
         "num_cpus": workers * local_world_size,
@@ -113,28 +113,27 @@ def _start(config: StreamConfig, temp_dir: Path, local_world_size: int) -> str:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "object_store_memory": config.object_store_mib << 20,
-        "_temp_dir": str(temp_dir),
+        "_temp_dir": str(home),
     }
     try:
         ray.init(address="local", **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise StreamError(
-            f"Ray did not start: {error}; look into {temp_dir}, or set stream.backend=inline to read in the training process"
+            f"Ray did not start: {error}; look into {home}, or set stream.backend=inline to read in the training process"
         ) from error
     return str(ray.get_runtime_context().gcs_address)
 
 
-def _connect(address: str) -> str:
+def _connect(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (RuntimeError, OSError, ConnectionError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise StreamError(
             f"Ray at {address!r} does not answer: {error}; start it with `ray start`, or check stream.ray_address"
         ) from error
-    return str(ray.get_runtime_context().gcs_address)
 
 
-def _new_temp_dir() -> Path:
+def _new_home() -> Path:
     """A private folder for this cluster, short enough for socket paths.
 
     Raises:
@@ -150,27 +149,58 @@ def _new_temp_dir() -> Path:
     return path
 
 
-def _announce(path: Path, address: str) -> None:
-    process = psutil.Process()
-    text = json.dumps({"address": address, "pid": process.pid, "created": process.create_time()})
-    scratch = path.with_suffix(f".{process.pid}.tmp")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+def _announce(home: Path, address: str) -> None:
+    _write_atomically(rendezvous_path(), {"address": address, "home": str(home), **_this_process()})
 
 
-def _await_address(path: Path) -> str:
-    """Address that a living local rank 0 announced. Raises WaitTimeoutError after START_LIMIT_S."""
-    deadline = time.monotonic() + START_LIMIT_S
+def _await_cluster() -> dict[str, Any]:
+    """What a living local rank 0 announced. Raises WaitTimeoutError after START_LIMIT_S."""
+    path, deadline = rendezvous_path(), time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess):
-            found = json.loads(path.read_text())
-            if abs(psutil.Process(found["pid"]).create_time() - found["created"]) < 1:
-                return str(found["address"])
+        found = _read(path)
+        if found is not None and _is_alive(found):
+            return found
         time.sleep(0.1)
     raise WaitTimeoutError(
         f"local rank 0 announced no Ray cluster in {path} within {START_LIMIT_S:.0f} s; did it fail? See its log, "
         "or start a cluster with `ray start --head` and set stream.ray_address=auto"
     )
+
+
+def _await_leave(marks: list[Path]) -> None:
+    """Wait until every sibling that joined has left or died. A cluster that ends too early would take them along."""
+    deadline = time.monotonic() + LEAVE_LIMIT_S
+    while time.monotonic() < deadline:
+        found = [_read(mark) for mark in marks]
+        if all(f is not None and (f.get("left") or not _is_alive(f)) for f in found):
+            return
+        time.sleep(0.1)
+
+
+def _this_process() -> dict[str, Any]:
+    process = psutil.Process()
+    return {"pid": process.pid, "created": process.create_time()}
+
+
+def _is_alive(record: dict[str, Any]) -> bool:
+    """Does the process of a record still run (and is it not another one with the same number)?"""
+    try:
+        return abs(psutil.Process(record["pid"]).create_time() - record["created"]) < 1
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _write_atomically(path: Path, record: dict[str, Any]) -> None:
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    with scratch.open("w") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)

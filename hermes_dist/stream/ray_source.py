@@ -11,18 +11,20 @@ worker processes keep their opened stores from one pipeline to the next.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import ray
-from ray.data import DataContext, Dataset, Datasource, ReadTask, read_datasource
+from ray.data import DataContext, Datasource, ReadTask, read_datasource
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.exceptions import RayError
 
@@ -30,7 +32,7 @@ from hermes_dist import errors
 from hermes_dist.config import StreamConfig
 from hermes_dist.errors import HermesError, StreamError
 from hermes_dist.stream.inline_source import read_run
-from hermes_dist.stream.ray_cluster import Cluster, local_place
+from hermes_dist.stream.ray_cluster import Cluster, local_place, quiet_ray
 from hermes_dist.stream.reader import Reader, Sample
 from hermes_dist.volume.augment import Draw
 
@@ -46,6 +48,9 @@ _readers: dict[str, Reader] = {}
 class RaySource:
     """Yields the samples of a sequence of position ranges, in order, read by Ray workers.
 
+    A cluster needs seconds to start. Meanwhile the samples of the first step are read in this process, so that the first batch
+    need not wait for it; they are the same samples, whoever reads them.
+
     Args:
         reader: sent to the workers once.
         parts: this rank's positions, range by range.
@@ -54,30 +59,39 @@ class RaySource:
     """
 
     def __init__(self, reader: Reader, parts: Iterator[range], config: StreamConfig, *, rank: int, world_size: int) -> None:
-        local_rank, local_world_size = local_place(rank, world_size)
+        quiet_ray()
         self._config = config
-        self._parts = parts
-        self._kill_dir = tempfile.mkdtemp(prefix="hermes-chaos-") if config.faults.chaos.get("kill") else None
-        reader.chaos.kill_dir = self._kill_dir
-        self._cluster = Cluster(config, local_rank=local_rank, local_world_size=local_world_size)
-        self._reader_ref = ray.put(reader)
-        reader.chaos.kill_dir = None
+        self._reader = reader
+        self._first = next(parts, range(0))
+        self._positions = (p for part in parts for p in part)
+        self._place = local_place(rank, world_size)
+        self._workers = max(config.workers, config.max_workers or 0)
         self._sample_bytes = int(np.prod(reader.patch)) * 6
-        self._live: list[Iterator[Any]] = []
+        self._kill_dir = tempfile.mkdtemp(prefix="hermes-chaos-") if config.faults.chaos.get("kill") else None
+        self._cluster: Cluster | None = None
+        self._reader_ref: Any = None
+        self._lock = threading.Lock()
         self._closed = False
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="ray-start")
+        self._started = self._starter.submit(self._start)
 
     def __iter__(self) -> Iterator[Sample]:
-        positions = (p for part in self._parts for p in part)
-        current = self._open(list(islice(positions, FIRST_SEGMENT_ROWS)))
+        yield from read_run(self._reader, self._first)
+        try:
+            yield from self._from_workers()
+        except RayError as error:
+            raise StreamError(f"Ray failed: {error}; see its logs, or set stream.backend=inline") from error
+
+    def _from_workers(self) -> Iterator[Sample]:
+        current = self._started.result()
         while current is not None:
             rows, blocks = current
-            following = None
             early = min(rows // 2, 4 * ROWS_PER_TASK * self._workers)
-            for number, block in enumerate(blocks):
-                if number == rows - early:
-                    following = self._open(list(islice(positions, SEGMENT_ROWS)))
-                yield from decode_block(block)
-            current = following
+            samples = (sample for block in blocks for sample in decode_block(block))
+            yield from islice(samples, rows - early)
+            following = self._starter.submit(self._open, SEGMENT_ROWS)
+            yield from samples
+            current = following.result()
 
     def gauges(self) -> dict[str, float]:
         """Workers and object store, by metric name."""
@@ -88,48 +102,50 @@ class RaySource:
 
     def close(self) -> None:
         """Stop the pipelines and leave (or end) the cluster."""
-        if self._closed:
-            return
-        self._closed = True
-        self._live.clear()
-        self._cluster.close()
+        with self._lock:
+            self._closed = True
+            cluster, self._cluster = self._cluster, None
+        self._starter.shutdown(wait=cluster is None, cancel_futures=True)
+        if cluster is not None:
+            cluster.close()
         if self._kill_dir:
             shutil.rmtree(self._kill_dir, ignore_errors=True)
 
-    @property
-    def _workers(self) -> int:
-        return max(self._config.workers, self._config.max_workers or 0)
+    def _start(self) -> tuple[int, Iterator[Any]] | None:
+        """Start or join the cluster, send it the reader, and open the first pipeline. Runs beside the first step."""
+        local_rank, local_world_size = self._place
+        cluster = Cluster(self._config, local_rank=local_rank, local_world_size=local_world_size)
+        with self._lock:
+            if self._closed:
+                cluster.close()
+                return None
+            self._cluster = cluster
+            sent = copy.copy(self._reader)
+            sent.chaos = copy.copy(self._reader.chaos)
+            sent.chaos.kill_dir = self._kill_dir
+            self._reader_ref = ray.put(sent)
+        return self._open(FIRST_SEGMENT_ROWS)
 
-    def _open(self, positions: list[int]) -> tuple[int, Iterator[Any]] | None:
-        """Start a pipeline over these positions. Returns (rows, blocks), or None if there are none left."""
+    def _open(self, rows: int) -> tuple[int, Iterator[Any]] | None:
+        """Start a pipeline over the next positions. Returns (samples, blocks), or None if there are no positions left."""
+        positions = list(islice(self._positions, rows))
         if not positions:
             return None
         tasks = list(_runs(positions))
         context = DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-            object_store_memory=self._buffer_bytes()
-        )
-        context.enable_progress_bars = False
-        context.target_max_block_size = 1 << 20  # a block of one sample is complete
+        options = context.execution_options
+        options.preserve_order = True
+        options.resource_limits = options.resource_limits.copy(object_store_memory=self._buffer_bytes())
+        context.target_max_block_size = 1  # every sample is a block of its own
         dataset = read_datasource(
             PlanSource(self._reader_ref, tasks, self._sample_bytes),
             concurrency=self._workers,
             override_num_blocks=len(tasks),
             num_cpus=1,
         )
-        return len(positions), self._blocks(dataset)
-
-    def _blocks(self, dataset: Dataset) -> Iterator[Any]:
         batches = iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
-        self._live.append(batches)
-        try:
-            yield from batches
-        except RayError as error:
-            raise StreamError(f"a Ray worker failed: {error}") from error
-        finally:
-            with contextlib.suppress(ValueError):
-                self._live.remove(batches)
+        # A pipeline begins to run when its first block is asked for.
+        return len(positions), chain([next(batches)], batches)
 
     def _buffer_bytes(self) -> int:
         """What finished samples may take up in the object store, within half of it."""
