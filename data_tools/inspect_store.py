@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from data_tools.progress import ProgressReport, size_text
+from data_tools.progress import ProgressReport, size_text, wide_console
 from data_tools.sources.nifti import write_nifti
 from data_tools.sources.volumes import suffix_of
 from hermes_dist.errors import CorruptShardError, StoreError, UsageError, nearest
@@ -25,6 +24,8 @@ from hermes_dist.shards.remote import open_storage
 from hermes_dist.shards.store import ShardStore, open_store
 from hermes_dist.volume.geometry import Placement
 from hermes_dist.volume.preprocess import restore_label, restore_probability
+
+CLASSES_SHOWN = 6
 
 
 def verify(url: str, *, workers: int) -> list[str]:
@@ -73,8 +74,8 @@ def info(url: str) -> None:
     store = open_store(url)
     collection, manifest = store.collection, store.manifest
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("dataset", "modality", "region", "train/val/test", "Mvoxel", "stored", "bits/voxel", "classes"):
-        table.add_column(column, overflow="fold")
+    for column in ("dataset", "modality", "region", "train/val/test", "Mvoxel", "stored", "bits/voxel", "classes (cases)"):
+        table.add_column(column, no_wrap=column == "dataset")
     total_bytes = total_voxels = 0
     for dataset in collection.tasks.datasets:
         numbers = manifest.rows(dataset.name)
@@ -83,21 +84,22 @@ def info(url: str) -> None:
         voxels, size = sum(int(np.prod(r.shape_vox_zyx)) for r in rows), sum(sum(r.file_bytes) for r in rows)
         total_bytes, total_voxels = total_bytes + size, total_voxels + voxels
         cases_with = [sum(r.class_voxels[c] > 0 for r in rows) for c in range(len(dataset.classes))]
-        classes = ", ".join(f"{c.name} ({n})" for c, n in zip(dataset.classes, cases_with, strict=True))
+        shown = [f"{c.name} ({n})" for c, n in zip(dataset.classes, cases_with, strict=True)]
+        classes = ", ".join(shown[:CLASSES_SHOWN]) + (f" … {len(shown)} in all" if len(shown) > CLASSES_SHOWN else "")
         parts = f"{split['train']}/{split['val']}/{split['test']}"
         bits = f"{8 * size / voxels:.2f}" if voxels else "–"
         table.add_row(
             dataset.name, dataset.modality, dataset.region, parts, f"{voxels / 1e6:.2f}", size_text(size), bits, classes
         )
-    Console(soft_wrap=False).print(table)
+    wide_console().print(table)
     p = collection.preprocessing
     spacing = "original spacing" if p.spacing_mm_zyx is None else f"{' × '.join(f'{s:g}' for s in p.spacing_mm_zyx)} mm"
     ratio = 3 * total_voxels / total_bytes if total_bytes else 0
     tasks = collection.tasks
     print(
-        f"{url}: {len(manifest)} cases, {len(tasks.datasets)} datasets, {tasks.n_tasks} tasks, {len(tasks.modalities)} modalities; "
-        f"{total_voxels / 1e6:.1f} Mvoxel at {spacing} in {size_text(total_bytes)} ({ratio:.2f} : 1 against int16 + uint8)"
+        f"{url}: {len(manifest)} cases, {len(tasks.datasets)} datasets, {tasks.n_tasks} tasks, {len(tasks.modalities)} modalities"
     )
+    print(f"{total_voxels / 1e6:.1f} Mvoxel at {spacing} in {size_text(total_bytes)} ({ratio:.2f} : 1 against int16 + uint8)")
     print(f"format {collection.format}, version {collection.version}, digest {collection.digest}")
 
 

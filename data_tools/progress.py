@@ -67,6 +67,12 @@ class ProgressReport:
         print(text, file=self._stream, flush=True)
 
 
+def wide_console() -> Console:
+    """A console for tables: as wide as the terminal, 140 columns where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
 def clock(seconds: float) -> str:
     """`1:02:03` or `2:03`."""
     minutes, second = divmod(round(max(0.0, seconds)), 60)

@@ -9,14 +9,14 @@ from rich.table import Table
 
 from data_tools.convert import ConversionReport
 from data_tools.findings import ORDER, Finding
-from data_tools.progress import clock, size_text
+from data_tools.progress import clock, size_text, wide_console
 
 EXAMPLES = 3
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
     """One line per kind of finding and dataset: severity, check, cases, an example and what to do."""
-    console = console or Console(soft_wrap=False)
+    console = console or wide_console()
     if not findings:
         console.print("no findings")
         return

@@ -1,4 +1,4 @@
-"""`hermes-shard stats`: one HTML file with a table, a histogram and a montage per dataset; no scripts, nothing loaded from outside."""
+"""`hermes-shard stats`: one HTML file with a table, a histogram and a montage per dataset; nothing is loaded from outside."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def write_html(url: str, out: Path, *, montage: int = 4) -> None:
 
 def _section(store: ShardStore, dataset: DatasetTasks, montage: int) -> str:
     numbers = store.manifest.rows(dataset.name)
-    head = f"<h2>{html.escape(dataset.name)}</h2><p>{html.escape(dataset.modality)}, {html.escape(dataset.region)}, {len(numbers)} cases</p>"
+    about = html.escape(f"{dataset.modality}, {dataset.region}, {len(numbers)} cases")
+    head = f"<h2>{html.escape(dataset.name)}</h2><p>{about}</p>"
     if not len(numbers):
         return head
     rows = [store.manifest.row(int(i)) for i in numbers]

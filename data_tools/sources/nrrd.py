@@ -74,7 +74,7 @@ def measure_nrrd(path: Path) -> tuple[Grid, int]:
 
 def beside(reader: ByteReader, name: str) -> Path:
     """The data file of a detached header: a plain name in the same folder, so that a header cannot read any other file."""
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
         raise reader.reject(
             "data file", f"data file {name!r} is not in the header's own folder", "put both files into one folder"
         )
@@ -92,6 +92,8 @@ def _fields(reader: ByteReader) -> dict[str, str]:
     fields: dict[str, str] = {}
     reader.line()
     for _ in range(MAX_HEADER_LINES):
+        if "data file" in fields and not reader.peek(1):
+            return fields  # a detached header may end without an empty line
         line = reader.line().decode("utf-8", "replace")
         if not line:
             return fields

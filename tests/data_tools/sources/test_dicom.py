@@ -1,0 +1,148 @@
+"""DICOM: series, structure sets and segmentation objects."""
+
+from __future__ import annotations
+
+import highdicom as hd
+import numpy as np
+import pydicom
+import pytest
+from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from data_tools.findings import RejectedError
+from data_tools.sources import SOURCES
+from data_tools.sources.contours import fill_even_odd
+from data_tools.sources.series import holds_series, read_series
+
+
+def write_series(folder, volume, spacing=(3.0, 0.8, 0.9), orientation=(1, 0, 0, 0, 1, 0), uid=None, order=-1):
+    """Slices along the normal; file names run against z unless `order` is 1."""
+    uid = uid or generate_uid()
+    study, frame = generate_uid(), generate_uid()
+    row, column = np.array(orientation[:3], float), np.array(orientation[3:], float)
+    normal = np.cross(row, column)
+    folder.mkdir(parents=True, exist_ok=True)
+    slices = []
+    for k, plane in enumerate(volume):
+        data = Dataset()
+        data.file_meta = FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+        data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = uid, study, frame
+        data.Modality, data.PatientID, data.PatientName, data.InstanceNumber = "CT", "p", "P^Q", k + 1
+        data.PatientBirthDate = data.PatientSex = data.StudyDate = data.StudyTime = data.AccessionNumber = data.StudyID = ""
+        data.Rows, data.Columns = plane.shape
+        data.ImagePositionPatient = [float(v) for v in np.array([-20.0, -30.0, 10.0]) + normal * spacing[0] * k]
+        data.ImageOrientationPatient, data.PixelSpacing = list(orientation), [spacing[1], spacing[2]]
+        data.SliceThickness, data.RescaleSlope, data.RescaleIntercept = spacing[0], 1, -1024
+        data.BitsAllocated = data.BitsStored = 16
+        data.HighBit, data.PixelRepresentation, data.SamplesPerPixel, data.PhotometricInterpretation = 15, 0, 1, "MONOCHROME2"
+        data.PixelData = (plane + 1024).astype("<u2").tobytes()
+        data.save_as(folder / f"{(k * order) % 1000:04d}.dcm", enforce_file_format=True)
+        slices.append(data)
+    return slices
+
+
+def toy(shape=(6, 20, 24)):
+    rng = np.random.default_rng(0)
+    return rng.integers(-1000, 500, shape).astype(np.int16)
+
+
+def test_series_are_stacked_by_position_in_ras(tmp_path):
+    volume = toy()
+    write_series(tmp_path / "p1", volume)
+    assert holds_series(tmp_path / "p1")
+    read = read_series(tmp_path / "p1")
+    np.testing.assert_array_equal(read.array, volume)
+    assert read.grid.spacing_mm_zyx == pytest.approx((3.0, 0.8, 0.9))
+    np.testing.assert_allclose(read.grid.affine[:3, 3], [20, 30, 10])
+    np.testing.assert_allclose(np.diag(read.grid.affine)[:3], [-0.9, -0.8, 3.0])
+
+
+def test_a_missing_slice_is_rejected(tmp_path):
+    write_series(tmp_path / "p1", toy())
+    (tmp_path / "p1" / "0997.dcm").unlink()
+    with pytest.raises(RejectedError, match="missing or there twice"):
+        read_series(tmp_path / "p1")
+
+
+def test_two_series_and_damaged_slices_are_rejected(tmp_path):
+    write_series(tmp_path / "p1", toy())
+    file = tmp_path / "p1" / "0000.dcm"
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(RejectedError):
+        read_series(tmp_path / "p1")
+    write_series(tmp_path / "p2", toy())
+    write_series(tmp_path / "p2", toy((3, 20, 24)), order=1, uid=generate_uid())
+    with pytest.raises(RejectedError, match="2 image series"):
+        read_series(tmp_path / "p2")
+
+
+def test_polygons_fill_pixel_centres_and_keep_holes():
+    parity = np.zeros((12, 12), np.int32)
+    fill_even_odd(np.array([[1.5, 1.5], [8.5, 1.5], [8.5, 9.5], [1.5, 9.5]]), parity)
+    fill_even_odd(np.array([[3.5, 3.5], [5.5, 3.5], [5.5, 5.5], [3.5, 5.5]]), parity)
+    expected = np.zeros((12, 12), bool)
+    expected[2:10, 2:9] = True
+    expected[4:6, 4:6] = False
+    np.testing.assert_array_equal(parity & 1, expected)
+
+
+def test_a_circle_has_its_area():
+    angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    parity = np.zeros((200, 200), np.int32)
+    fill_even_odd(np.stack([99.3 + 60 * np.cos(angle), 101.7 + 60 * np.sin(angle)], axis=1), parity)
+    assert (parity & 1).sum() == pytest.approx(np.pi * 60**2, rel=0.005)
+
+
+def test_structure_sets_have_the_stated_volumes(real_data):
+    source = SOURCES["dicom"]
+    dataset = source.open(real_data / "lung_tumour_ct", {"labels": ["GTV-1"], "label_ids": [1]})
+    stated_ml = {"pat_1": 358.7, "pat_2": 6.4, "pat_3": 11.4}
+    for ref in dataset.cases:
+        case = source.load(ref)
+        ml = (case.label_zyx == 1).sum() * np.prod(case.grid.spacing_mm_zyx) / 1000
+        assert ml == pytest.approx(stated_ml[ref.case_id], rel=0.02)
+        assert case.digest == source.fingerprint(ref)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("kind", [SegmentationTypeValues.BINARY, SegmentationTypeValues.FRACTIONAL])
+def test_segmentation_objects_land_on_their_voxels(kind, flip, tmp_path):
+    volume = toy()
+    slices = write_series(tmp_path / "p1", volume, orientation=(-1, 0, 0, 0, -1, 0) if flip else (1, 0, 0, 0, 1, 0))
+    organ, tumour = np.zeros(volume.shape, bool), np.zeros(volume.shape, bool)
+    organ[1:5, 4:12, 5:20] = True
+    tumour[2:4, 6:8, 7:9] = True
+    algorithm = hd.AlgorithmIdentificationSequence(name="x", version="1", family=codes.cid7162.ArtificialIntelligence)
+    segments = [
+        SegmentDescription(n, label, codes.SCT.Organ, codes.SCT.Organ, SegmentAlgorithmTypeValues.AUTOMATIC, algorithm)
+        for n, label in ((1, "organ"), (2, "tumour"))
+    ]
+    seg = hd.seg.Segmentation(
+        source_images=slices,
+        pixel_array=np.stack([organ, tumour], axis=-1).astype(np.uint8 if kind == SegmentationTypeValues.BINARY else np.float32),
+        segmentation_type=kind,
+        segment_descriptions=segments,
+        series_instance_uid=generate_uid(),
+        series_number=2,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer="m",
+        manufacturer_model_name="m",
+        software_versions="1",
+        device_serial_number="1",
+    )
+    seg.save_as(tmp_path / "p1" / "seg.dcm")
+    assert pydicom.dcmread(tmp_path / "p1" / "seg.dcm").Modality == "SEG"
+    source = SOURCES["dicom"]
+    dataset = source.open(tmp_path, {})
+    assert [c.case_id for c in dataset.cases] == ["p1"]
+    case = source.load(dataset.cases[0])
+    values = dict(dataset.classes)
+    np.testing.assert_array_equal(np.isin(case.label_zyx, values["tumour"]), tumour)
+    np.testing.assert_array_equal(np.isin(case.label_zyx, values["organ"]), organ)
+    assert [f.check for f in case.findings] == ["overlap"]

@@ -1,0 +1,226 @@
+"""File formats: agreement with nibabel and SimpleITK, and a verdict on every damage."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from data_tools.findings import RejectedError
+from data_tools.sources.inflate import file_digest
+from data_tools.sources.nifti import read_nifti, write_nifti
+from data_tools.sources.raw import CaseRef
+from data_tools.sources.volumes import READERS, fingerprint_files, is_volume, read_volume
+from hermes_dist.volume.geometry import Grid
+
+
+def itk_image(dtype=np.int16):
+    image = np.random.default_rng(0).integers(0, 200, (12, 16, 14))
+    result = sitk.GetImageFromArray(image.astype(dtype))
+    result.SetSpacing((0.7, 1.3, 2.9))
+    result.SetOrigin((-12.5, 40.0, 7.25))
+    result.SetDirection((0, 0, 1, 1, 0, 0, 0, 1, 0))
+    return result, image.astype(dtype)
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.nhdr", "a.mha", "a.mhd", "a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
+def test_agrees_with_simpleitk(name, compress, dtype, tmp_path):
+    image, array = itk_image(dtype=dtype)
+    sitk.WriteImage(image, str(tmp_path / name), useCompression=compress)
+    volume = read_volume(tmp_path / name)
+    np.testing.assert_array_equal(volume.values(), array)
+    lps = np.eye(4)
+    lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    lps[:3, 3] = image.GetOrigin()
+    np.testing.assert_allclose(volume.grid.affine, np.diag([-1, -1, 1, 1]) @ lps, atol=1e-5)
+    case = CaseRef("a", (tmp_path / name,), ((tmp_path / name, None),))
+    assert fingerprint_files(case) == fingerprint_files(case)
+    assert volume.digest.startswith(file_digest(tmp_path / name))
+
+
+def test_every_real_file_agrees_with_simpleitk(real_data):
+    files = [p for p in sorted(real_data.rglob("*")) if is_volume(p)]
+    assert len(files) > 700
+    for path in files[::25] + [p for p in files if not p.name.endswith(".nii.gz")]:
+        volume, reference = read_volume(path), sitk.ReadImage(str(path))
+        expected = sitk.GetArrayFromImage(reference)
+        np.testing.assert_allclose(volume.values(), expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(volume.grid.spacing_mm_zyx, reference.GetSpacing()[::-1], rtol=1e-5)
+
+
+def test_scaling_nan_slope_and_big_endian(tmp_path, raw):
+    image, _, affine = raw.make_volume()
+    path = raw.save(tmp_path / "a.nii", image, affine)
+    data = bytearray(path.read_bytes())
+    data[112:120] = struct.pack("<ff", 0.5, -3)
+    path.write_bytes(data)
+    np.testing.assert_allclose(read_nifti(path).values(), image * 0.5 - 3)
+    data[112:120] = struct.pack("<ff", float("nan"), 0)
+    path.write_bytes(data)
+    assert read_nifti(path).values().dtype == np.int16
+    nib.save(nib.Nifti1Image(image.T, affine, nib.Nifti1Header(endianness=">")), tmp_path / "b.nii.gz")
+    np.testing.assert_array_equal(read_nifti(tmp_path / "b.nii.gz").values(), image)
+
+
+def test_units_and_forms(tmp_path, raw):
+    image, _, affine = raw.make_volume()
+    scan = nib.Nifti1Image(image.T, np.diag([1e-3, 1e-3, 1e-3, 1]) @ affine)
+    scan.header.set_xyzt_units("meter")
+    scan.set_sform(scan.affine, 1)
+    nib.save(scan, tmp_path / "metres.nii.gz")
+    volume = read_nifti(tmp_path / "metres.nii.gz")
+    np.testing.assert_allclose(volume.grid.affine, affine, atol=1e-4)
+    scan = nib.Nifti1Image(image.T, affine)
+    scan.set_sform(affine, 1)
+    other = affine.copy()
+    other[0, 3] += 30
+    scan.set_qform(other, 1)
+    nib.save(scan, tmp_path / "two.nii.gz")
+    volume = read_nifti(tmp_path / "two.nii.gz")
+    np.testing.assert_allclose(volume.grid.affine, affine, atol=1e-4)
+    assert [f.check for f in volume.findings] == ["form"]
+    scan.set_sform(None, 0)
+    scan.set_qform(None, 0)
+    nib.save(scan, tmp_path / "none.nii.gz")
+    assert [f.severity for f in read_nifti(tmp_path / "none.nii.gz").findings] == ["warn"]
+
+
+def test_several_gzip_members_and_padding(tmp_path, raw):
+    image, _, affine = raw.make_volume()
+    data = raw.save(tmp_path / "a.nii", image, affine).read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(data[:1000]) + gzip.compress(data[1000:]) + b"\0" * 64)
+    np.testing.assert_array_equal(read_nifti(tmp_path / "b.nii.gz").values(), image)
+
+
+def test_written_files_are_reproducible_and_exact(tmp_path, raw):
+    image, _, affine = raw.make_volume()
+    for name in ("a.nii.gz", "b.nii.gz"):
+        write_nifti(tmp_path / name, image, Grid(affine, image.shape))
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    volume = nib.load(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(np.asarray(volume.dataobj).T, image)
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
+
+
+def damage(kind, raw):
+    """Bytes of a damaged `.nii.gz`."""
+    plain = gzip.decompress(raw)
+    forged = bytearray(plain)
+    if kind == "crc":
+        return raw[:-8] + bytes(b ^ 0xFF for b in raw[-8:-4]) + raw[-4:]
+    if kind == "flipped":
+        return raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 0x10]) + raw[len(raw) // 2 + 1 :]
+    if kind == "cut":
+        return raw[: len(raw) // 2]
+    if kind == "short":
+        return gzip.compress(plain[:-100])
+    if kind == "empty":
+        return b""
+    if kind == "text":
+        return b"<html>404</html>" * 50
+    if kind == "bomb":
+        return gzip.compress(plain + b"\0" * (4 << 20))
+    if kind == "huge":
+        forged[40:56] = struct.pack("<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1)
+    if kind == "negative":
+        forged[40:56] = struct.pack("<8h", 3, -5, 16, 12, 1, 1, 1, 1)
+    if kind == "complex":
+        forged[70:74] = struct.pack("<hh", 32, 64)
+    if kind == "nan affine":
+        forged[280:296] = struct.pack("<4f", float("nan"), 0, 0, 0)
+        forged[252:254] = struct.pack("<h", 0)
+    return gzip.compress(bytes(forged))
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        ("crc", "gzip"),
+        ("flipped", None),
+        ("cut", "truncated"),
+        ("short", "truncated"),
+        ("empty", "truncated"),
+        ("text", "header"),
+        ("bomb", "surplus"),
+        ("huge", "truncated"),
+        ("negative", "dimensions"),
+        ("complex", "type"),
+        ("nan affine", "geometry"),
+    ],
+)
+def test_damage_is_named(kind, check, tmp_path, raw):
+    image, _, affine = raw.make_volume()
+    path = raw.save(tmp_path / "a.nii.gz", image, affine)
+    path.write_bytes(damage(kind, path.read_bytes()))
+    with pytest.raises(RejectedError) as caught:
+        read_nifti(path)
+    assert check is None or caught.value.finding.check == check
+    assert str(path) in str(caught.value)
+    assert caught.value.finding.suggestion
+
+
+def test_a_header_reads_no_file_outside_its_folder(tmp_path):
+    (tmp_path / "secret.raw").write_bytes(b"\0" * 8)
+    (tmp_path / "in").mkdir()
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = ../secret.raw\n"
+    (tmp_path / "in" / "a.mhd").write_text(header)
+    nrrd = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndata file: ../secret.raw\n\n"
+    (tmp_path / "in" / "a.nhdr").write_text(nrrd)
+    for name in ("a.mhd", "a.nhdr"):
+        with pytest.raises(RejectedError, match="own folder"):
+            read_volume(tmp_path / "in" / name)
+
+
+def test_a_changed_data_file_changes_the_fingerprint(tmp_path):
+    image, _ = itk_image()
+    sitk.WriteImage(image, str(tmp_path / "a.mhd"))
+    case = CaseRef("a", (tmp_path / "a.mhd",), ((tmp_path / "a.mhd", None),))
+    before = fingerprint_files(case)
+    raw = tmp_path / "a.raw"
+    raw.write_bytes(b"\1" + raw.read_bytes()[1:])
+    assert fingerprint_files(case) != before
+
+
+def mutate(data, rng, number):
+    """A few bytes changed (in every third mutant of the header), every fifth cut short, every seventh with surplus."""
+    data = bytearray(data)
+    area = len(data) if number % 3 else min(len(data), 400)
+    for place in rng.integers(0, area, rng.integers(1, 6)):
+        data[place] = rng.integers(0, 256)
+    if number % 5 == 0:
+        data = data[: rng.integers(0, len(data))]
+    return data + bytes(rng.integers(0, 256, 50, dtype=np.uint8)) if number % 7 == 0 else data
+
+
+def read_mutants(suffix, count, folder):
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 200, (6, 8, 7)).astype(np.uint8))
+    source, mutant = folder / ("a" + suffix), folder / ("m" + suffix)
+    sitk.WriteImage(image, str(source), useCompression=True)
+    original = source.read_bytes()
+    rng = np.random.default_rng(list(suffix.encode()))
+    rejected = 0
+    for number in range(count):
+        mutant.write_bytes(mutate(original, rng, number))
+        try:
+            read_volume(mutant)
+        except RejectedError:
+            rejected += 1
+    return rejected
+
+
+@pytest.mark.parametrize("suffix", sorted(READERS))
+def test_mutated_files_give_a_value_or_a_verdict(suffix, tmp_path):
+    assert read_mutants(suffix, 40, tmp_path) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", sorted(READERS))
+def test_two_thousand_mutated_files(suffix, tmp_path):
+    """286 mutants per ending, 2,002 in all."""
+    assert read_mutants(suffix, 286, tmp_path) > 40
