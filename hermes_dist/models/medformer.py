@@ -18,7 +18,7 @@ from hermes_dist.errors import ModelError
 from hermes_dist.models.attention import HEAD_WIDTH, AttentionKind, FeedForward, attend
 from hermes_dist.models.instance_norm import instance_norm
 from hermes_dist.models.residual import channels_last
-from hermes_dist.models.resunet import WIDTHS, BackboneOutput, Fusion, ResidualBlock, Stage, Stem
+from hermes_dist.models.resunet import NO_TOKENS, WIDTHS, BackboneOutput, Fusion, ResidualBlock, Stage, Stem
 
 MAP_TOKENS = 64
 FUSION_DEPTH: dict[str, int] = {"enc4": 2, "enc8": 4, "enc16": 8, "dec8": 4, "dec4": 2}
@@ -266,8 +266,8 @@ class MedFormer(nn.Module):
     def forward(
         self,
         image: Float[Tensor, "B 1 Z Y X"],
-        tokens: Mapping[str, Float[Tensor, "B K _"]],
-        keep: Bool[Tensor, "B K"] | None,
+        tokens: Mapping[str, Float[Tensor, "B K _"]] = NO_TOKENS,
+        keep: Bool[Tensor, "B K"] | None = None,
     ) -> BackboneOutput:
         """Features at full resolution and at 4x, posteriors of every place in `tokens`. Raises ModelError for odd sides."""
         check_sides(image)

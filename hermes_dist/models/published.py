@@ -116,12 +116,13 @@ def from_state_dict(state: Mapping[str, Tensor]) -> Hermes:
         ModelError: missing or unexpected names, or a tensor of another shape (named, with both shapes).
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    model = _empty_medformer(state) if _is_medformer(state) else _empty_resunet(state)
+    model = _empty_medformer(state) if is_medformer(state) else _empty_resunet(state)
     load_weights(model, translate(state), {new: old for old, new in rename(state).items()})
     return model
 
 
-def _is_medformer(names: Iterable[str]) -> bool:
+def is_medformer(names: Iterable[str]) -> bool:
+    """Whether published names are those of a Hermes-M."""
     return any(name.startswith(("map_fusion.", "out_classifier.")) for name in names)
 
 
@@ -130,7 +131,7 @@ def rename(names: Iterable[str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     unknown: list[str] = []
     names = list(names)
-    rules = _MEDFORMER_RULES if _is_medformer(names) else _RESUNET_RULES
+    rules = _MEDFORMER_RULES if is_medformer(names) else _RESUNET_RULES
     for name in names:
         for pattern, rule in rules:
             match = re.fullmatch(pattern, name)
@@ -198,10 +199,15 @@ def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return tuple(state[name].shape)
 
 
+def block_counts(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Residual blocks of a published Hermes-R: encoder at 2x, 4x, 8x, 16x; decoder at 8x, 4x, 2x, 1x."""
+    encoder = [_count(state, rf"down{i}\.conv\.(\d+)\.") for i in range(1, 5)]
+    return encoder, [_count(state, rf"up{i}\.conv\.(\d+)\.") for i in range(1, 5)]
+
+
 def _empty_resunet(state: Mapping[str, Tensor]) -> Hermes:
     base = _shape(state, "inc.conv1.weight")[0]
-    encoder = [_count(state, rf"down{i}\.conv\.(\d+)\.") for i in range(1, 5)]
-    decoder = [_count(state, rf"up{i}\.conv\.(\d+)\.") for i in range(1, 5)]
+    encoder, decoder = block_counts(state)
     depth = {place: _count(state, rf"{name}\.attn_layers\.(\d+)\.") for name, place in _RESUNET_PLACES.items()}
     backbone = ResUNet(base, encoder, decoder, Fusion(depth, bidirectional=True, kind="fused"))
     return Hermes(backbone, **_pools(state, backbone.place_channels, _RESUNET_PLACES))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +27,10 @@ ENCODER_PLACES: tuple[str | None, ...] = (None, "enc4", "enc8", "enc16")
 DECODER_PLACES: tuple[str | None, ...] = ("dec8", "dec4", None, None)
 FUSION_DEPTH: dict[str, int] = {"enc4": 2, "enc8": 2, "enc16": 4, "dec8": 2, "dec4": 2}
 """Published number of fusion blocks per place."""
+
+
+NO_TOKENS: Mapping[str, Tensor] = MappingProxyType({})
+"""No fusion: the bare backbone."""
 
 
 class Fusion(NamedTuple):
@@ -46,14 +51,6 @@ class BackboneOutput(NamedTuple):
     """At 4x, for an auxiliary head (MedFormer)."""
     posteriors: dict[str, Tensor]
     """Tokens (B, K, C of the place) after each place's fusion."""
-
-
-class Backbone(Protocol):
-    """An image (and tokens for its fusion places) in, a feature map (and posterior tokens) out."""
-
-    out_channels: int
-
-    def __call__(self, image: Tensor, tokens: Mapping[str, Tensor], keep: Tensor | None) -> BackboneOutput: ...
 
 
 def conv_weight(out_channels: int, in_channels: int, kernel: int = 3) -> nn.Parameter:
@@ -137,8 +134,8 @@ class ResUNet(nn.Module):
     def forward(
         self,
         image: Float[Tensor, "B 1 Z Y X"],
-        tokens: Mapping[str, Float[Tensor, "B K _"]],
-        keep: Bool[Tensor, "B K"] | None,
+        tokens: Mapping[str, Float[Tensor, "B K _"]] = NO_TOKENS,
+        keep: Bool[Tensor, "B K"] | None = None,
     ) -> BackboneOutput:
         """Features at full resolution, and the posterior of every place in `tokens`. Raises ModelError for too small sides."""
         check_sides(image)

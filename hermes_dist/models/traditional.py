@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hermes_dist.config import ModelConfig
 from hermes_dist.errors import ConfigError
+from hermes_dist.models import medformer
 from hermes_dist.models.hermes import decoder_blocks
 from hermes_dist.models.ids import check_columns
+from hermes_dist.models.medformer import MedFormer
 from hermes_dist.models.output import ModelOutput
+from hermes_dist.models.plain_unet import PlainUNet
 from hermes_dist.models.priors import dot_product
-from hermes_dist.models.resunet import ResUNet
+from hermes_dist.models.resunet import Fusion, ResUNet
 from hermes_dist.tasks import TaskTable
 
 
@@ -46,14 +50,20 @@ class Traditional(nn.Module):
         self.backbone = backbone
         self.n_tasks = n_tasks
         self.head = ChannelHead(backbone.out_channels, n_tasks)
+        aux_channels = getattr(backbone, "aux_channels", 0)
+        self.aux_head = ChannelHead(aux_channels, n_tasks) if aux_channels else None
 
     def forward(
         self, image: Float[Tensor, "B 1 Z Y X"], task_ids: Int[Tensor, "B T"], modality_ids: Int[Tensor, " B"]
     ) -> ModelOutput:
         """Logits of the asked tasks. Raises ModelError for ids out of range or sides too small for the stages."""
         columns = check_columns(task_ids, modality_ids, n_tasks=self.n_tasks, modality_range=None, device=image.device)
-        features = self.backbone(image, {}, None).features
-        return ModelOutput(self.head(features, columns.task_ids), None, None)
+        features, aux_features, _ = self.backbone(image)
+        aux = None
+        if self.aux_head is not None:
+            low = self.aux_head(aux_features, columns.task_ids)
+            aux = functional.interpolate(low, size=image.shape[2:], mode="trilinear", align_corners=True)
+        return ModelOutput(self.head(features, columns.task_ids), aux, None)
 
 
 def build_traditional(config: ModelConfig, tasks: TaskTable) -> Traditional:
@@ -67,4 +77,19 @@ def _resunet(config: ModelConfig) -> ResUNet:
     return ResUNet(config.base_channels, config.blocks, decoder_blocks(config.blocks), None)
 
 
-TRADITIONAL_BACKBONES: dict[str, Callable[[ModelConfig], Any]] = {"resunet": _resunet}
+def _medformer(config: ModelConfig) -> MedFormer:
+    return MedFormer(config.base_channels, medformer.FUSION_DEPTH, fusion=Fusion({}, True, config.attention))
+
+
+def _swinunetr(config: ModelConfig) -> nn.Module:
+    from hermes_dist.models.swinunetr import SwinBackbone  # MONAI takes seconds to import, and only this backbone needs it.
+
+    return SwinBackbone(config.base_channels)
+
+
+TRADITIONAL_BACKBONES: dict[str, Callable[[ModelConfig], Any]] = {
+    "resunet": _resunet,
+    "medformer": _medformer,
+    "nnunet": lambda config: PlainUNet(config.base_channels),
+    "swinunetr": _swinunetr,
+}
