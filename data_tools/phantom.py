@@ -237,7 +237,7 @@ def write_phantoms(out: Path, *, seed: int = 0, cases: int = 20) -> Path:
         "name": "phantom",
         "version": 1,
         "description": f"Synthetic scans, seed {seed}: partial labels with conflicting definitions.",
-        "preprocessing": {"spacing_mm_zyx": [2.0, 2.0, 2.0]},
+        "preprocessing": {"spacing_mm_zyx": [2.75, 2.75, 2.75]},
         "splits": "splits.json",
         "datasets": entries,
     }
