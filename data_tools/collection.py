@@ -61,6 +61,10 @@ class DatasetEntry(BaseModel):
     """One file per class: keep overlaps (at most 8 classes), or let the later class win."""
     image_suffix: str | None = None
     """BIDS: suffix of the image (T1w, T2w, …)."""
+    image_files: str | None = None
+    """Layout pattern: relative path of the images with `*` for what names the case."""
+    label_files: str | None = None
+    """Layout pattern: relative path of the labels with `*` for what names the case."""
     trust_image_grid: bool = False
     """Labels of the image's shape lie on its grid, whatever their header says."""
 
@@ -245,7 +249,7 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
         "labels": names,
         "label_ids": entry.label_ids,
     }
-    options |= {k: v for k, v in (("overlap", entry.overlap), ("image_suffix", entry.image_suffix)) if v}
+    options |= {k: v for k in ("overlap", "image_suffix", "image_files", "label_files") if (v := getattr(entry, k))}
     raw = SOURCES[layout].open(root, options)
     modality = entry.modality or raw.modality
     if not modality:

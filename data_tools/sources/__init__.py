@@ -4,6 +4,7 @@ from data_tools.sources.dicom import DicomSource
 from data_tools.sources.folders import BidsSource, ClassFilesSource, FolderSource
 from data_tools.sources.listed import DatalistSource, MsdSource
 from data_tools.sources.nnunet import NnunetSource
+from data_tools.sources.patterns import PatternSource
 from data_tools.sources.raw import Source
 
 SOURCES: dict[str, Source] = {
@@ -14,4 +15,5 @@ SOURCES: dict[str, Source] = {
     "bids": BidsSource(),
     "folder": FolderSource(),
     "dicom": DicomSource(),
+    "pattern": PatternSource(),
 }
