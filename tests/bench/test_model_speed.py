@@ -1,0 +1,59 @@
+"""Hermes-R against a straightforward eager implementation of the same arithmetic: CPU seconds and peak memory of a training step.
+
+Both sides run in fresh processes with the same weights, inputs and threads; time is the CPU seconds of forward + loss + backward
+(wall seconds are printed too: they mean something on an idle machine only), memory the peak resident set above the imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("model_worker.py")
+
+
+def measure(side: str, **options: Any) -> dict[str, float]:
+    """One side in its own process; see model_worker.py."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options["threads"])}
+    command = [sys.executable, str(WORKER), json.dumps({"side": side, **options})]
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=1500).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("base", [16, 32])
+def test_step_against_the_eager_baseline(base: int, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"base": base, "side_vox": 64, "columns": 15, "threads": 2, "repeats": 3}
+    baseline, ours = measure("baseline", **options), measure("none", **options)
+    time_ratio, memory_ratio = ours["cpu_s"] / baseline["cpu_s"], ours["peak_mib"] / baseline["peak_mib"]
+    with capsys.disabled():
+        for name, row in (("baseline", baseline), ("ours", ours)):
+            print(f"\nbase {base} {name}: CPU {row['cpu_s']:.2f} s, wall {row['wall_s']:.2f} s, peak {row['peak_mib']:.0f} MiB")
+        print(f"base {base}: {time_ratio:.2f} x time, {memory_ratio:.2f} x peak memory")
+    assert ours["loss"] == pytest.approx(baseline["loss"], rel=1e-4)
+    assert ours["grad_norm"] == pytest.approx(baseline["grad_norm"], rel=1e-3)
+    assert time_ratio <= 0.67
+    assert memory_ratio <= 0.6
+
+
+@pytest.mark.bench
+def test_checkpointing_memory_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"base": 32, "side_vox": 96, "columns": 15, "threads": 2, "repeats": 1}
+    rows = {mode: measure(mode, **options) for mode in ("none", "selective", "blocks", "full")}
+    none = rows["none"]
+    with capsys.disabled():
+        print("\n| mode | CPU s | x | activations MiB | x |\n|---|---|---|---|---|")
+        for mode, row in rows.items():
+            time_ratio, memory_ratio = row["cpu_s"] / none["cpu_s"], row["activation_mib"] / none["activation_mib"]
+            print(f"| {mode} | {row['cpu_s']:.1f} | {time_ratio:.2f} | {row['activation_mib']:.0f} | {memory_ratio:.2f} |")
+    for mode, row in rows.items():
+        assert row["loss"] == none["loss"], mode
+        assert row["grad_norm"] == none["grad_norm"], mode
+    assert rows["full"]["activation_mib"] <= 0.35 * none["activation_mib"]
+    assert rows["full"]["cpu_s"] <= 1.35 * none["cpu_s"]
