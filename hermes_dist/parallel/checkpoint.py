@@ -118,7 +118,8 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         snapshot = take_snapshot(engine, copy=self._config.background)
         self._runtime.barrier()
-        job = threading.Thread(target=self._write, args=(temporary, snapshot, state, step), name="checkpoint")
+        # A daemon: a rank that failed must be able to end although its writer waits for a peer that is gone.
+        job = threading.Thread(target=self._write, args=(temporary, snapshot, state, step), name="checkpoint", daemon=True)
         self._thread = job
         job.start()
         if not self._config.background:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from hermes_dist.config import Config
+from hermes_dist.parallel.clock import StepClock
 from hermes_dist.parallel.ds_config import build_ds_config, zero_stage
 from hermes_dist.parallel.ema import Ema
 from hermes_dist.parallel.lamb import Lamb
 from hermes_dist.parallel.partition import Partition, describe_partition
 from hermes_dist.parallel.runtime import Runtime
+from hermes_dist.parallel.selfcheck import check_conv3d
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -62,12 +63,18 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
         """Raises ConfigError where the `deepspeed` section contradicts the others (see ds_config)."""
         ds_config = build_ds_config(config, runtime.world_size)
+        if config.train.precision == "bf16" or runtime.device.type == "cuda":
+            for warning in check_conv3d(runtime.device):
+                runtime.say(f"warning: {warning}")
         self.config, self.runtime, self.stage = config, runtime, zero_stage(config)
         model.to(runtime.device)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         self._base = make_optimizer([p for p in model.parameters() if p.requires_grad], config)
         wrapped = _LossModule(model, runtime.device.type, bf16=config.train.precision == "bf16", cache=self.stage < 3)
         self._ds = _initialize(wrapped, self._base, ds_config)
+        self._clock = StepClock(runtime.device)
+        # What the backward pass could not hide: the reduction that is left when it ends.
+        self._ds.allreduce_gradients = self._clock.measured("communication", self._ds.allreduce_gradients)
         self.partition: Partition = describe_partition(model, self._ds.optimizer, self.stage, shapes)
         if isinstance(self._base, Lamb):
             self._base.bind(self.partition)
@@ -101,12 +108,11 @@ class Engine:
         """
         for group in self._base.param_groups:
             group["lr"] = lr
-        clock = _Clock(self.runtime.device)
         self.runtime.begin_vote()
         try:
             for index, batch in enumerate(micro_batches):
-                self._accumulate(batch, loss_fn, index, last=index == len(micro_batches) - 1, clock=clock)
-            stats = self._update(clock)
+                self._accumulate(batch, loss_fn, index, last=index == len(micro_batches) - 1)
+            stats = self._update()
             self.runtime.end_vote()
         except RuntimeError as error:
             raise self.runtime.explain(error, "step") from error
@@ -114,22 +120,22 @@ class Engine:
             self.runtime.watchdog.beat(self.steps, None)
         return stats
 
-    def _accumulate(self, batch: Any, loss_fn: LossFn, index: int, *, last: bool, clock: _Clock) -> None:
+    def _accumulate(self, batch: Any, loss_fn: LossFn, index: int, *, last: bool) -> None:
         beat = self.runtime.watchdog.beat
         beat(self.steps, f"forward of micro-batch {index}")
         self._ds.set_gradient_accumulation_boundary(last)
-        with clock("forward"):
+        with self._clock.measure("forward"):
             loss = self._ds(loss_fn, batch)
         # A loss that is not finite poisons every gradient, so that the norm tells all ranks (no synchronisation here).
         loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         beat(self.steps, f"backward of micro-batch {index}")
-        with clock("backward"):
+        with self._clock.measure("backward"):
             # DeepSpeed averages over ranks: undo it. scale_wrt_gas=False: it does not divide by the accumulation steps.
             self._ds.backward(loss * self.runtime.world_size, scale_wrt_gas=False)
 
-    def _update(self, clock: _Clock) -> StepStats:
+    def _update(self) -> StepStats:
         self.runtime.watchdog.beat(self.steps, "optimizer step")
-        with clock("optimizer"):
+        with self._clock.measure("optimizer"):
             norm = self._update_replicated() if self.stage == 0 else self._update_partitioned()
             skipped = not norm < float("inf")
             if not skipped and self.ema is not None:
@@ -137,7 +143,7 @@ class Engine:
             self.partition.clear_gradients()
         self.steps += 1
         self.skipped_steps += skipped
-        return StepStats(float("inf") if skipped else norm, skipped, clock.parts_s())
+        return StepStats(float("inf") if skipped else norm, skipped, self._clock.parts_s())
 
     def _update_replicated(self) -> float:
         """Stage 0: norm, guard and clipping are ours. A parameter without gradient counts as gradient 0, as under ZeRO."""
@@ -218,38 +224,3 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
     # torch 2.13 renames collectives that DeepSpeed calls in every step; nothing that a person could do about it.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     return engine
-
-
-class _Clock:
-    """Seconds per part of a step. On CUDA events are recorded, and read after the norm has synchronised anyway."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._name, self._begin = "", None
-
-    def __call__(self, name: str) -> _Clock:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._begin = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self._spans.append((self._name, self._begin, self._now()))
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def parts_s(self) -> dict[str, float]:
-        parts: dict[str, float] = {}
-        if self._cuda and self._spans:
-            self._spans[-1][2].synchronize()
-        for name, begin, end in self._spans:
-            seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
-            parts[name] = parts.get(name, 0.0) + seconds
-        return parts

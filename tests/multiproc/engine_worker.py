@@ -58,7 +58,7 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
         batches = toy.split(samples, runtime.rank, runtime.world_size, case["micro_batch"])
         poison = case.get("poison", {}).get(str(step))
         if poison and runtime.rank == runtime.world_size - 1:
-            batches[-1].image[:] = float("nan") if poison == "nan" else 1e38
+            batches[-1].image[:] = float("nan") if poison == "nan" else float("inf")
         stats = engine.step(batches, toy.make_loss(pairs, local.add_), lr=case["lr"])
         out["loss"].append(float(runtime.sum(local)))
         out["norm"].append(stats.grad_norm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +51,9 @@ def test_resume_in_another_world_and_stage_goes_on_as_if_nothing_happened(world_
     run_cases(first, 2, tmp_path)
     second: list[dict[str, Any]] = []
     for stage, optimizer in pairs:
-        for new_stage in (stage, (stage + 1) % 4):
-            run = tmp_path / f"{stage}{optimizer}-to-{new_stage}"
-            shutil.copytree(tmp_path / f"{stage}{optimizer}", run)
-            second.append(case(new_stage, optimizer, run=str(run), save_at=[]))
+        # One process keeps each stage; four processes change it.
+        new_stage = stage if world_size == 1 else (stage + 1) % 4
+        second.append(case(new_stage, optimizer, run=str(tmp_path / f"{stage}{optimizer}"), save_at=[]))
     for resumed, spec in zip(run_cases(second, world_size, tmp_path), second, strict=True):
         assert resumed["first_step"] == STOP
         want = reference(spec["optimizer"])

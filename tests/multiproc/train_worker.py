@@ -1,8 +1,8 @@
 """A small training run for tests of death and resume. Usage: train_worker.py RUN_DIR STEPS [OPTIONS_JSON].
 
 It resumes from RUN_DIR, saves every `save_every` steps, and rank 0 appends `step loss` lines (loss as hex: bitwise) to
-RUN_DIR/losses.txt. Options: stage, save_every, background, limit_s, sleep_s, and what goes wrong: die / hang / fail = [rank, step, name
-of a file that is made first, so that it happens once].
+RUN_DIR/losses.txt. Options: stage, save_every, background, limit_s, sleep_s, and what goes wrong: die / hang / fail =
+[rank, step, name of a file that is made first, so that it happens once].
 """
 
 from __future__ import annotations

@@ -1,0 +1,197 @@
+"""Checkpoints of a world of one: complete or invisible, damage, pruning, other models, weights for export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hermes_dist.config import CheckpointConfig
+from hermes_dist.errors import CheckpointError
+from hermes_dist.parallel.checkpoint import Checkpointer, list_checkpoints, mark_best, read_weights
+from hermes_dist.parallel.engine import Engine
+from hermes_dist.parallel.runtime import Runtime
+from tests.parallel.conftest import make_config, make_engine, train_steps
+
+CONFIG = CheckpointConfig(keep=2)
+
+
+def save_some(run: Path, runtime: Runtime, steps: int = 3) -> Engine:
+    engine = make_engine(runtime)
+    checkpointer = Checkpointer(run, CONFIG, runtime)
+    for step in range(steps):
+        train_steps(engine, step, step + 1)
+        checkpointer.save(engine, {"step": step + 1}, step + 1)
+    checkpointer.finish()
+    return engine
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_save_prune_load_bitwise(tmp_path: Path, runtime: Runtime) -> None:
+    engine = save_some(tmp_path, runtime)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [3, 2]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000003\n"
+    want = train_steps(engine, 3, 5)
+    again = make_engine(runtime)
+    state = Checkpointer(tmp_path, CONFIG, runtime).load(again)
+    assert state == {"step": 3}
+    assert again.steps == 3
+    assert train_steps(again, 3, 5) == want
+
+
+def test_snapshot_is_not_touched_by_the_next_steps(tmp_path: Path, runtime: Runtime) -> None:
+    engine = make_engine(runtime)
+    train_steps(engine, 0, 2)
+    want = engine.gather_weights(averaged=False)
+    checkpointer = Checkpointer(tmp_path, CONFIG, runtime)
+    checkpointer.save(engine, {}, 2)
+    train_steps(engine, 2, 6)
+    checkpointer.finish()
+    got = read_weights(tmp_path, ema=False)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def test_random_generators_come_back(tmp_path: Path, runtime: Runtime) -> None:
+    save_some(tmp_path, runtime, steps=1)
+    want = torch.rand(3)
+    torch.manual_seed(12345)
+    Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime))
+    assert torch.equal(torch.rand(3), want)
+
+
+@pytest.mark.parametrize("position", [3, 100, -1])
+def test_a_damaged_one_falls_back_to_the_previous_and_says_so(
+    tmp_path: Path, runtime: Runtime, position: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_some(tmp_path, runtime)
+    flip_byte(tmp_path / "checkpoints" / "step_00000003" / "rank_00000.safetensors", position)
+    assert Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime)) == {"step": 2}
+    assert "step_00000003/rank_00000.safetensors is damaged" in capsys.readouterr().err
+    assert read_weights(tmp_path)
+
+
+def test_an_unreadable_index_falls_back_too(tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    save_some(tmp_path, runtime)
+    (tmp_path / "checkpoints" / "step_00000003" / "checkpoint.json").write_text('{"format": 1, "st')
+    assert Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime)) == {"step": 2}
+    assert "no readable checkpoint" in capsys.readouterr().err
+
+
+def test_all_damaged_is_an_error_not_a_silent_new_start(tmp_path: Path, runtime: Runtime) -> None:
+    save_some(tmp_path, runtime, steps=1)
+    flip_byte(tmp_path / "checkpoints" / "step_00000001" / "rank_00000.safetensors", 50)
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is undamaged"):
+        Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime))
+    with pytest.raises(CheckpointError, match="no undamaged checkpoint"):
+        read_weights(tmp_path)
+
+
+def test_a_damaged_one_is_replaced_when_its_step_is_reached_again(tmp_path: Path, runtime: Runtime) -> None:
+    save_some(tmp_path, runtime)
+    file = tmp_path / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
+    flip_byte(file, 100)
+    engine = make_engine(runtime)
+    checkpointer = Checkpointer(tmp_path, CONFIG, runtime)
+    checkpointer.load(engine)
+    train_steps(engine, 2, 3)
+    checkpointer.save(engine, {"step": 3}, 3)
+    checkpointer.finish()
+    assert not list_checkpoints(tmp_path)[0].damaged_files()
+    assert not list((tmp_path / "checkpoints").glob(".tmp*"))
+
+
+def test_leftovers_of_a_killed_writer_are_invisible_and_removed(tmp_path: Path, runtime: Runtime) -> None:
+    leftover = tmp_path / "checkpoints" / ".tmp-step_00000009-0123456789"
+    leftover.mkdir(parents=True)
+    (leftover / "rank_00000.safetensors").write_bytes(b"half")
+    assert list_checkpoints(tmp_path) == []
+    assert Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime)) is None
+    save_some(tmp_path, runtime, steps=1)
+    assert not leftover.exists()
+
+
+def test_resume_never_and_by_path(tmp_path: Path, runtime: Runtime) -> None:
+    save_some(tmp_path, runtime)
+    checkpointer = Checkpointer(tmp_path, CONFIG, runtime)
+    assert checkpointer.load(make_engine(runtime), "never") is None
+    assert checkpointer.load(make_engine(runtime), str(tmp_path / "checkpoints" / "step_00000002")) == {"step": 2}
+    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+        checkpointer.load(make_engine(runtime), str(tmp_path / "nowhere"))
+
+
+def test_another_model_is_named(tmp_path: Path, runtime: Runtime) -> None:
+    save_some(tmp_path, runtime, steps=1)
+    other = Engine(nn.Linear(3, 2), make_config(), runtime)
+    with pytest.raises(CheckpointError, match="of another model: parameter 'bias' is absent there and \\[2\\] here"):
+        Checkpointer(tmp_path, CONFIG, runtime).load(other)
+
+
+def test_another_optimizer_is_named(tmp_path: Path, runtime: Runtime) -> None:
+    save_some(tmp_path, runtime, steps=1)
+    with pytest.raises(CheckpointError, match="written with optimizer 'lamb', and this is 'adamw'"):
+        Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime, optimizer={"name": "adamw"}))
+
+
+def test_another_format_version_is_named(tmp_path: Path, runtime: Runtime) -> None:
+    save_some(tmp_path, runtime, steps=1)
+    index = tmp_path / "checkpoints" / "step_00000001" / "checkpoint.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+        Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime), str(index.parent))
+
+
+def test_the_best_one_and_one_per_hours_are_kept(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(runtime)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_every_hours=1.0), runtime)
+    for step in range(6):
+        monkeypatch.setattr("time.time", lambda step=step: 1000.0 + step * 1800)
+        checkpointer.save(engine, {}, step)
+        checkpointer.finish()
+        if step == 1:
+            mark_best(tmp_path, 1)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [5, 4, 2, 1, 0]
+
+
+def test_weights_are_those_of_the_state_dict_averaged_by_default(tmp_path: Path, runtime: Runtime) -> None:
+    engine = save_some(tmp_path, runtime)
+    averaged = read_weights(tmp_path)
+    assert averaged.keys() == engine.module.state_dict().keys()
+    want = engine.averaged_weights()
+    assert all(torch.equal(averaged[n], want[n]) for n in want)
+    plain = read_weights(tmp_path / "checkpoints" / "step_00000003", ema=False)
+    assert all(torch.equal(plain[n], v) for n, v in engine.module.state_dict().items())
+    assert not torch.equal(plain["mix.weight"], averaged["mix.weight"])
+
+
+def test_exported_weights_are_read_where_no_checkpoint_is(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no undamaged checkpoint"):
+        read_weights(tmp_path)
+    save_file({"w": torch.ones(2)}, tmp_path / "weights.safetensors")
+    assert torch.equal(read_weights(tmp_path)["w"], torch.ones(2))
+
+
+def test_a_write_that_fails_is_reported_and_harms_nothing(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = save_some(tmp_path, runtime, steps=1)
+    checkpointer = Checkpointer(tmp_path, CONFIG, runtime)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hermes_dist.parallel.checkpoint.write_tensors", full)
+    checkpointer.save(engine, {}, 2)
+    with pytest.raises(CheckpointError, match="could not be written: .*No space left"):
+        checkpointer.finish()
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1]

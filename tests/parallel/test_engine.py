@@ -1,0 +1,67 @@
+"""The engine in a world of one: precision, skipping, weights, times. Several ranks: tests/multiproc/test_engine.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hermes_dist.errors import ConfigError
+from hermes_dist.parallel.engine import Engine
+from hermes_dist.parallel.runtime import Runtime
+from tests.multiproc import toy
+from tests.parallel.conftest import make_config, make_engine, train_steps
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_computes_in_bf16_and_keeps_fp32_masters(stage: int, runtime: Runtime) -> None:
+    seen: list[torch.dtype] = []
+    low, full = make_engine(runtime, stage, train={"precision": "bf16"}), make_engine(runtime, stage)
+    handle = low.module.mix.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+    losses = train_steps(low, 0, 4)
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert {b.master.dtype for b in low.partition.buffers} == {torch.float32}
+    np.testing.assert_allclose(losses, train_steps(full, 0, 4), rtol=0.02)
+
+
+def test_unlike_bf16_weights_small_updates_are_not_lost(runtime: Runtime) -> None:
+    engine = make_engine(runtime, train={"precision": "bf16"})
+    before = engine.gather_weights(averaged=False)["tasks"]
+    samples = toy.make_samples(0, 4)
+    engine.step(toy.split(samples, 0, 1, 2), toy.make_loss(6), lr=1e-5)
+    change = (engine.gather_weights(averaged=False)["tasks"] - before).abs().max()
+    assert 0 < change < 1e-4
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_bad_loss_is_skipped_even_where_its_gradient_is_finite(stage: int, runtime: Runtime) -> None:
+    engine = make_engine(runtime, stage)
+    before = engine.gather_weights(averaged=False)
+    batches = toy.split(toy.make_samples(0, 4), 0, 1, 2)
+    stats = engine.step(batches, lambda m, b: toy.make_loss(6)(m, b) + torch.tensor(float("inf")), lr=0.1)
+    assert stats.skipped
+    assert stats.grad_norm == float("inf")
+    assert all(torch.equal(v, before[n]) for n, v in engine.gather_weights(averaged=False).items())
+    assert (engine.steps, engine.skipped_steps) == (1, 1)
+    assert not engine.step(batches, toy.make_loss(6), lr=0.1).skipped
+
+
+def test_parts_of_a_step_are_timed(runtime: Runtime) -> None:
+    stats = make_engine(runtime).step(toy.split(toy.make_samples(0, 4), 0, 1, 2), toy.make_loss(6), lr=0.1)
+    assert stats.parts_s.keys() == {"forward", "backward", "communication", "optimizer"}
+    assert all(0 <= s < 60 for s in stats.parts_s.values())
+
+
+def test_learning_rate_zero_changes_nothing(runtime: Runtime) -> None:
+    engine = make_engine(runtime, train={"ema": {"enabled": False}})
+    before = engine.gather_weights(averaged=False)
+    stats = engine.step(toy.split(toy.make_samples(0, 4), 0, 1, 2), toy.make_loss(6), lr=0.0)
+    assert stats.grad_norm > 0
+    assert all(torch.equal(v, before[n]) for n, v in engine.averaged_weights().items())
+
+
+def test_contradicting_section_is_refused_before_anything_starts(runtime: Runtime) -> None:
+    config = make_config().model_copy(update={"deepspeed": {"train_batch_size": 4}})
+    with pytest.raises(ConfigError, match="train_batch_size is stated by train.global_batch"):
+        Engine(toy.make_model(), config, runtime)

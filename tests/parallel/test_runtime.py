@@ -1,0 +1,40 @@
+"""A world of one: collectives are identities, signals become a request to stop. Several ranks: tests/multiproc."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from hermes_dist.config import validate
+from hermes_dist.errors import WaitTimeoutError
+from hermes_dist.parallel.runtime import Runtime, start
+
+
+def test_collectives_of_one(runtime: Runtime) -> None:
+    runtime.barrier()
+    assert runtime.sum(torch.tensor([2.0])).tolist() == [2.0]
+    assert runtime.broadcast_int(7) == 7
+    assert [a.tolist() for a in runtime.gather_int64(np.array([1, 2], dtype=np.int64))] == [[1, 2]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_ask_to_stop_and_handlers_are_restored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    session = start(validate({}))
+    os.kill(os.getpid(), number)
+    assert session.stop_requested
+    session.close()
+    assert signal.getsignal(number) == before
+
+
+def test_only_lost_peers_are_explained(runtime: Runtime) -> None:
+    bug = RuntimeError("shape mismatch")
+    assert runtime.explain(bug, "step") is bug
+    lost = runtime.explain(RuntimeError("[pair.cc:537] Read error: Connection reset by peer\nmore"), "sum over ranks")
+    assert isinstance(lost, WaitTimeoutError)
+    assert "rank 0, step" in str(lost)
+    assert "sum over ranks did not complete within 60 s" in str(lost)
