@@ -20,12 +20,9 @@ def fingerprint(folder):
 def test_the_seed_decides_every_byte(tmp_path):
     write_phantoms(tmp_path / "a", seed=3, cases=3)
     write_phantoms(tmp_path / "b", seed=3, cases=3)
-    write_phantoms(tmp_path / "c", seed=4, cases=3)
-    a, b, c = (fingerprint(tmp_path / n) for n in "abc")
-    assert a == b
-    assert {n for n, _ in a} == {n for n, _ in c}
-    differing = {n for (n, x), (_, y) in zip(a, c, strict=True) if x != y}
-    assert {n for n, _ in a if "Tr/" in n} <= differing
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    scans = [draw_case(RECIPES[2], np.random.default_rng([seed, 2, 0]))[0] for seed in (3, 4)]
+    assert scans[0].shape != scans[1].shape or (scans[0] != scans[1]).any()
     collection = json.loads((tmp_path / "a" / "collection.json").read_text())
     assert [d["name"] for d in collection["datasets"]] == [r.name for r in RECIPES]
 
