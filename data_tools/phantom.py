@@ -85,14 +85,14 @@ def _paint(masks: Ellipsoids, values: dict[str, float], background: float) -> np
 def _draw_ct(points_mm: Ellipsoids, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     masks = abdomen(points_mm["points"], rng)
     values = {
-        "body": -60,
-        "bone": 420,
-        "bowel": 25,
-        "spleen": 150,
-        "kidney_right": 210,
-        "kidney_left": 210,
-        "liver": 110,
-        "tumour": 45,
+        "body": -110,
+        "bone": 480,
+        "bowel": 20,
+        "spleen": 210,
+        "kidney_right": 310,
+        "kidney_left": 310,
+        "liver": 150,
+        "tumour": -10,
     }
     image = _paint(masks, {k: v + rng.normal(0, 5) for k, v in values.items()}, -1000)
     image += masks["body"] * 14 * _smooth_noise(image.shape, rng, knots=9)
@@ -106,14 +106,14 @@ def _draw_ct(points_mm: Ellipsoids, rng: np.random.Generator) -> tuple[np.ndarra
 def _draw_t1(points_mm: Ellipsoids, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     masks = abdomen(points_mm["points"], rng)
     values = {
-        "body": 230,
+        "body": 240,
         "bone": 60,
-        "bowel": 110,
-        "spleen": 95,
-        "kidney_right": 130,
-        "kidney_left": 130,
-        "liver": 175,
-        "tumour": 90,
+        "bowel": 200,
+        "spleen": 85,
+        "kidney_right": 115,
+        "kidney_left": 115,
+        "liver": 165,
+        "tumour": 50,
     }
     image = _paint(masks, {k: v * rng.uniform(0.95, 1.05) for k, v in values.items()}, 2)
     image += masks["body"] * 6 * _smooth_noise(image.shape, rng, knots=9)
