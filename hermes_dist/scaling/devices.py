@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,11 +56,11 @@ LINKS: dict[str, float] = {"25GbE": 3.1e9, "100GbE": 12.5e9, "IB-HDR": 25e9, "IB
 """Bytes per second and direction between two nodes, per node."""
 
 
-def find_device(name: str) -> Device:
-    """A device of the table. Raises ConfigError naming the nearest one."""
+def find_device(name: str, usd_per_hour: float | None = None) -> Device:
+    """A device of the table, at your own price if you give one. Raises ConfigError naming the nearest one."""
     if name not in DEVICES:
         raise ConfigError(f"device {name!r} is not in the table ({', '.join(DEVICES)}).{nearest(name, list(DEVICES))}")
-    return DEVICES[name]
+    return DEVICES[name] if usd_per_hour is None else replace(DEVICES[name], usd_per_hour=usd_per_hour)
 
 
 def peak_of(device_name: str, precision: Precision) -> float | None:

@@ -60,6 +60,7 @@ class Telemetry:
         self._endpoint: Endpoint | None = None
         self._targets = TargetsFile(self._run_dir, rank, world_size)
         self._pusher: Pusher | None = None
+        self._extend: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
         if config.prometheus_port >= 0:
             self._endpoint = Endpoint(self._meters.registry, config.prometheus_host, config.prometheus_port, rank, world_size)
             self._targets.register(f"{self._endpoint.host}:{self._endpoint.port}")
@@ -84,6 +85,10 @@ class Telemetry:
             for name in dataset.class_names:
                 self.add("hermes_pairs_total", 0, dataset=dataset.name, task=name)
 
+    def extend(self, function: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        """Add the keys that `function` computes from a row (FLOPs, utilisation) to each later one."""
+        self._extend = function
+
     def resume(self, next_step: int) -> None:
         """Drop the rows of `next_step` and later, which are trained again, so that each step appears once. Call before `step`."""
         if self._metrics_file:
@@ -92,6 +97,8 @@ class Telemetry:
     def step(self, row: Mapping[str, Any]) -> None:
         """One finished step: a line of metrics.jsonl (rank 0), and metrics. `rows` documents the keys; others are welcome."""
         start = time.perf_counter()
+        if self._extend:
+            row = {**row, **self._extend(row)}
         if self._metrics_file:
             self._metrics_file.append(row)
         rows.record(row, self._meters)

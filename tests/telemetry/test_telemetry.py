@@ -135,6 +135,13 @@ def test_resume_leaves_each_step_once(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
+def test_rows_can_be_extended(tmp_path: Path, telemetry: Telemetry) -> None:
+    telemetry.extend(lambda row: {"mfu": 0.5 / row["step_s"]})
+    telemetry.step({"step": 0, "step_s": 2.0})
+    assert next(read_rows(tmp_path / "metrics.jsonl"))["mfu"] == 0.25
+    assert scrape(telemetry)[("hermes_mfu_ratio",)] == 0.25
+
+
 def test_other_ranks_write_no_metrics_lines(tmp_path: Path) -> None:
     telemetry = open_telemetry(tmp_path, rank=1, world_size=2)
     telemetry.step(ROW)

@@ -1,0 +1,93 @@
+"""Figures of the reports, as SVG text that stands in a page without any other file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hermes_dist.scaling.curves import CurvePoint
+from hermes_dist.scaling.laws import LawFit
+from hermes_dist.scaling.throughput import Measured, ThroughputFit
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _axes(title: str, x: str, y: str, size: tuple[float, float] = (6.4, 4.2)) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size)
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(True, which="both", alpha=0.25)
+    return figure, axes
+
+
+def law_figure(rows: Sequence[dict[str, Any]], fit: LawFit | None) -> str:
+    """Loss against parameters, one colour a data budget; lines and bands are the fit and its 95 % interval."""
+    figure, axes = _axes("Loss by model size and data", "parameters", "loss")
+    budgets = sorted({row["samples"] for row in rows})
+    sizes = np.array([row["parameters"] for row in rows], float)
+    grid = np.geomspace(sizes.min() / 1.3, sizes.max() * 1.3, 60)
+    for i, budget in enumerate(budgets):
+        color = f"C{i}"
+        points = [(row["parameters"], row["loss"]) for row in rows if row["samples"] == budget]
+        axes.plot(*zip(*points, strict=True), "o", color=color, label=f"{budget:,} samples")
+        if fit:
+            axes.plot(grid, fit.law.loss(grid, budget), "-", color=color)
+            band = np.array([law.loss(grid, budget) for law in fit.samples])
+            axes.fill_between(grid, *np.quantile(band, [0.025, 0.975], axis=0), color=color, alpha=0.15)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend()
+    return _svg(figure)
+
+
+def frontier_figure(fit: LawFit, kappa: float, compute: Sequence[float]) -> str:
+    """Best model size for a compute budget, with the bootstrap's 95 % band. `kappa` = FLOPs per parameter and sample."""
+    figure, axes = _axes("Compute-optimal model size", "training FLOPs", "parameters")
+    budgets = np.geomspace(min(compute), 10 * max(compute), 40)
+    axes.plot(budgets, [fit.law.optimum(c, kappa)[0] for c in budgets])
+    usable = [law for law in fit.samples if law.A > 0 and law.B > 0]
+    if usable:
+        band = np.array([[law.optimum(c, kappa)[0] for c in budgets] for law in usable])
+        axes.fill_between(budgets, *np.quantile(band, [0.025, 0.975], axis=0), alpha=0.2)
+    axes.axvspan(min(compute), max(compute), color="grey", alpha=0.12, label="compute of the sweep")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend()
+    return _svg(figure)
+
+
+def curves_figure(curves: dict[str, list[CurvePoint]]) -> str:
+    """Dice against model size by method, with 95 % intervals over seeds."""
+    figure, axes = _axes("Dice by model size", "parameters", "mean Dice")
+    for method, points in curves.items():
+        bars = [point.half_width or 0.0 for point in points]
+        axes.errorbar([p.parameters for p in points], [p.mean for p in points], yerr=bars, marker="o", capsize=3, label=method)
+    axes.set_xscale("log")
+    axes.legend()
+    return _svg(figure)
+
+
+def throughput_figure(runs: Sequence[Measured], fit: ThroughputFit | None) -> str:
+    """Samples per second against ranks, by ZeRO stage and batch per rank; lines are the fit."""
+    figure, axes = _axes("Throughput by ranks", "ranks", "samples per second")
+    groups = sorted({(run.stage, run.global_batch / run.ranks) for run in runs})
+    for i, (stage, share) in enumerate(groups):
+        points = sorted((r.ranks, r.samples_per_s) for r in runs if (r.stage, r.global_batch / r.ranks) == (stage, share))
+        axes.plot(*zip(*points, strict=True), "o", color=f"C{i % 10}", label=f"ZeRO-{stage}, {share:g} per rank")
+        if fit:
+            worlds = np.arange(1, 2 * max(r.ranks for r in runs) + 1)
+            parameters = runs[0].parameters
+            rates = [fit.samples_per_s(int(w), stage, round(share * w), parameters) for w in worlds]
+            axes.plot(worlds, rates, "-", color=f"C{i % 10}", alpha=0.6)
+    axes.legend(fontsize=8)
+    return _svg(figure)

@@ -1,0 +1,136 @@
+"""A sweep: a grid of runs, described in JSON, and the commands that make them. Pure: nothing is started here.
+
+    {"name": "scaling", "study": "scaling", "base": "demo.json", "output_dir": "runs",
+     "overrides": {"evaluate.every_steps": 0},
+     "grid": {"model.base_channels": [8, 16], "train.max_steps": [100, 200], "run.seed": [0]},
+     "points": [{"ranks": 1, "train.global_batch": 2}, {"ranks": 2, "train.global_batch": 4}]}
+
+Members = grid × points (each optional). Keys are dotted configuration keys, and `ranks` (processes of one run, default 1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from hermes_dist.config import Config, Section, find_config, load_config
+from hermes_dist.errors import ConfigError
+
+
+class StopConfig(Section):
+    """When a run is stopped early."""
+
+    factor: float = Field(default=2.0, gt=1)
+    """Diverged: the mean loss of the last `window` steps exceeds the first `window`'s by this factor, or is NaN or Inf."""
+    window: int = Field(default=20, ge=1)
+    """Steps of both means."""
+    limit_s: float = Field(default=4 * 3600.0, gt=0)
+    """Longest time of one run; then it has failed."""
+
+
+class SweepConfig(Section):
+    """A sweep file."""
+
+    name: str
+    """Name of the sweep; its runs lie in `output_dir/name/`."""
+    study: Literal["scaling", "throughput"] = "scaling"
+    """Which report is made: a law of loss, or throughput against ranks."""
+    base: str
+    """Configuration that the members change: a path, or a name in configs/."""
+    output_dir: str = "runs"
+    """Folder of the sweep's directory."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys set in every member."""
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """Dotted keys and their values; all combinations are run."""
+    points: list[dict[str, Any]] = Field(default_factory=lambda: [dict[str, Any]()])
+    """Explicit combinations, crossed with the grid."""
+    backend: Literal["local", "ray", "slurm"] = "local"
+    """Where members run."""
+    at_once: int = Field(default=1, ge=1)
+    """Members that run at a time (local, ray)."""
+    retries: int = Field(default=1, ge=0)
+    """How often a run that died is started again; it resumes from its last checkpoint."""
+    stop: StopConfig = StopConfig()
+    """Early stopping."""
+    evaluate: str | None = None
+    """Split evaluated after each run (`val`), for curves of Dice."""
+    loss_fraction: float = Field(default=0.1, gt=0, le=1)
+    """The final loss is the mean over this last share of the steps."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep. `overrides` is complete: the base configuration and these make the run."""
+
+    index: int
+    name: str
+    ranks: int
+    overrides: dict[str, Any]
+    base: Path
+    run_dir: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of launch/train.py."""
+        pairs = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.overrides.items()]
+        return ["--config", str(self.base), *pairs]
+
+    def command(self, train: Path) -> list[str]:
+        """The command that a person would type; `python` for one rank, torch's launcher for more."""
+        if self.ranks == 1:
+            return [sys.executable, str(train), *self.arguments]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+        return [sys.executable, *launcher, str(train), *self.arguments]
+
+    def config(self) -> Config:
+        """The configuration of this member. Raises ConfigError for unknown keys or wrong values."""
+        return load_config(self.base, self.arguments[2:])
+
+
+def read_sweep(path: Path) -> SweepConfig:
+    """Raises ConfigError naming the wrong key."""
+    try:
+        return SweepConfig.model_validate_json(path.read_text())
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def members(sweep: SweepConfig, config_dir: Path) -> list[Member]:
+    """All members in order of the grid. Raises ConfigError if one of them has an invalid configuration or two are the same."""
+    base = find_config(sweep.base, config_dir)
+    folder = Path(sweep.output_dir) / sweep.name
+    result: list[Member] = []
+    for values in itertools.product(*sweep.grid.values()):
+        for point in sweep.points:
+            changed = {**dict(zip(sweep.grid, values, strict=True)), **point}
+            ranks = int(changed.pop("ranks", 1))
+            name = _name(changed, ranks)
+            fixed = {"run.name": name, "run.output_dir": str(folder), "run.resume": "auto"}
+            result.append(Member(len(result), name, ranks, {**sweep.overrides, **changed, **fixed}, base, folder / name))
+    names = [member.name for member in result]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"sweep {sweep.name!r}: the combination {name!r} occurs twice in grid × points")
+    for member in result:
+        member.config()
+    return result
+
+
+def _name(changed: dict[str, Any], ranks: int) -> str:
+    """`base_channels8-max_steps100-r2`: what differs, readable; with a short hash where it would be long."""
+    parts = [f"{key.split('.')[-1]}{_plain(value)}" for key, value in changed.items()] + ([f"r{ranks}"] if ranks > 1 else [])
+    name = "-".join(parts) or "run"
+    return name if len(name) <= 80 else f"{name[:70]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
+def _plain(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "".join(c if c.isalnum() or c in ".+" else "_" for c in text).strip("_")

@@ -1,0 +1,126 @@
+"""One self-contained HTML page per sweep: figures, fits, tables and the commands that made them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hermes_dist.scaling import figures
+from hermes_dist.scaling.curves import size_curves
+from hermes_dist.scaling.laws import LawFit, NotEnoughPoints
+from hermes_dist.scaling.sweep import Member, SweepConfig
+from hermes_dist.scaling.sweep_results import finished, law_of, throughput_of
+from hermes_dist.scaling.throughput import ThroughputFit, TooFewRuns, efficiency
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}"
+    "td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}th:first-child,td:first-child{text-align:left}"
+    "svg{max-width:100%;height:auto}.no{background:#fff3cd;padding:.6rem 1rem}code{font-size:13px}"
+)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An HTML table; floats with four significant digits."""
+
+    def cell(value: object) -> str:
+        return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def report(sweep: SweepConfig, members: Sequence[Member], rows: Sequence[dict[str, Any]], command: str) -> str:
+    """The page. `command` is the line that made the sweep."""
+    done = finished(rows)
+    parts = [f"<p>{len(done)} of {len(rows)} runs finished.</p>"]
+    if done:
+        parts += _scaling(done) if sweep.study == "scaling" else _throughput(done)
+    shown = (
+        "member",
+        "state",
+        "ranks",
+        "parameters",
+        "samples",
+        "loss",
+        "dice",
+        "step_s",
+        "data_wait_s",
+        "samples_per_s",
+        "reason",
+    )
+    parts += ["<h2>Runs</h2>", table(shown, [[row.get(key) for key in shown] for row in rows])]
+    commands = "\n".join(f"python launch/train.py {' '.join(m.arguments)}" for m in members)
+    parts += ["<h2>Commands</h2>", f"<p><code>{html.escape(command)}</code></p>"]
+    parts += [f"<details><summary>one run each</summary><pre>{html.escape(commands)}</pre></details>"]
+    title = html.escape(f"Sweep {sweep.name}")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        f"<h1>{title}</h1>{''.join(parts)}</html>\n"
+    )
+
+
+def _scaling(done: list[dict[str, Any]]) -> list[str]:
+    fit = law_of(done)
+    sized = [row for row in done if row["parameters"] and row["loss"]]
+    parts = ["<h2>Loss = E + A / N<sup>α</sup> + B / D<sup>β</sup></h2>"]
+    parts += [figures.law_figure(sized, fit if isinstance(fit, LawFit) else None)] if sized else []
+    parts += [f'<p class="no">{html.escape(fit.reason)}</p>'] if isinstance(fit, NotEnoughPoints) else _law(fit, sized)
+    curves = size_curves((r["method"], r["parameters"], r["dice"]) for r in done if r["dice"] is not None and r["parameters"])
+    if curves:
+        parts += ["<h2>Dice by model size</h2>", figures.curves_figure(curves)]
+    return parts
+
+
+def _law(fit: LawFit, sized: list[dict[str, Any]]) -> list[str]:
+    names = ("E", "A", "B", "alpha", "beta")
+    values = [[name, getattr(fit.law, name), getattr(fit.low, name), getattr(fit.high, name)] for name in names]
+    parts = [table(("parameter", "value", "95 % low", "95 % high"), values)]
+    held_out = (
+        f"Without its {fit.held_out_runs} largest runs the law predicts them within {fit.held_out_error:.1%}."
+        if fit.held_out_error is not None
+        else "Too few runs to leave the largest out, so the extrapolation is not tested."
+    )
+    parts.append(f"<p>Residual {fit.relative_error:.2%} of the loss. {held_out}</p>")
+    if fit.warnings:
+        return [*parts, *(f'<p class="no">{html.escape(text)}; do not extrapolate.</p>' for text in fit.warnings)]
+    kappa = float(np.median([row["flops_per_sample"] / row["parameters"] for row in sized]))
+    compute = [row["flops_per_sample"] * row["samples"] for row in sized]
+    parts += ["<h2>Where compute is best spent</h2>", figures.frontier_figure(fit, kappa, compute)]
+    lines = []
+    for factor in (1, 10, 100):
+        n, d = fit.law.optimum(factor * max(compute), kappa)
+        low, high = fit.interval(n, d)
+        lines.append([f"{factor} × the largest run", n, d, float(fit.law.loss(n, d)), f"{low:.4g} – {high:.4g}"])
+    return [*parts, table(("compute", "parameters", "samples", "predicted loss", "95 % interval"), lines)]
+
+
+def _throughput(done: list[dict[str, Any]]) -> list[str]:
+    runs, fit = throughput_of(done)
+    parts = ["<h2>Throughput</h2>", figures.throughput_figure(runs, fit if isinstance(fit, ThroughputFit) else None)]
+    rows = [
+        [f"ZeRO-{r.stage}", r.ranks, r.global_batch, r.step_s, r.samples_per_s, f"{share:.0%}"] for r, share in efficiency(runs)
+    ]
+    parts.append(table(("stage", "ranks", "global batch", "step s", "samples/s", "efficiency"), rows))
+    if isinstance(fit, TooFewRuns):
+        return [*parts, f'<p class="no">No fit: {html.escape(fit.reason)}.</p>']
+    error = "not tested" if fit.held_out_error is None else f"{fit.held_out_error:.1%}"
+    parts.append(f"<p>Fit: residual {fit.relative_error:.1%}; largest world predicted from the smaller ones: {error}.</p>")
+    parts.append(table(("term", "seconds"), list(fit.terms.items())))
+    largest = max(runs, key=lambda r: r.ranks)
+    share = largest.global_batch / largest.ranks
+    worlds = [largest.ranks * 2**k for k in range(1, 8)]
+    rates = [(w, fit.samples_per_s(w, largest.stage, round(share * w), largest.parameters)) for w in worlds]
+    base = largest.samples_per_s / largest.ranks
+    lines = [[w, rate, f"{rate / w / base:.0%}"] for w, rate in rates]
+    parts.append("<h3>Extrapolated (weak scaling)</h3>")
+    parts.append(table(("ranks", "samples/s", f"efficiency against {largest.ranks} ranks"), lines))
+    return [
+        *parts,
+        f"<p>Assumes the links and the hosts of this sweep, {share:g} samples per rank, ZeRO-{largest.stage}, no waiting for "
+        "data "
+        "(simulate it with launch/plan.py --simulate-storage), and a latency that grows with log2 of the ranks.</p>",
+    ]

@@ -1,0 +1,78 @@
+"""A grid of trainings, their results, fits and report. Run the same command again to go on after a stop.
+
+Example:  python launch/sweep.py --config configs/sweeps/scaling.json data.stores='["stores/demo"]'
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from sweep_backends import BACKENDS, LiveTable, evaluate_members, write_results
+
+from hermes_dist.config import find_config
+from hermes_dist.errors import ConfigError, exit_on_error
+from hermes_dist.scaling.sweep import SweepConfig, members, read_sweep
+from hermes_dist.scaling.sweep_report import report
+from hermes_dist.scaling.sweep_results import read_state, result_row
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+TRAIN = ROOT / "launch" / "train.py"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a sweep file: a path, or a name in configs/sweeps/")
+    parser.add_argument("--backend", choices=sorted(BACKENDS), help="where members run (default: as the file says)")
+    parser.add_argument("--member", type=int, help="run this one only (a Slurm array passes its task id)")
+    parser.add_argument("--list", action="store_true", help="list the members and stop")
+    parser.add_argument("--report-only", action="store_true", help="results and report of what is there")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set in every member")
+    return parser.parse_intermixed_args()
+
+
+def with_overrides(sweep: SweepConfig, pairs: list[str]) -> SweepConfig:
+    changed = dict(sweep.overrides)
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise ConfigError(f"override {pair!r}: expected section.key=value")
+        try:
+            changed[key] = json.loads(text)
+        except json.JSONDecodeError:
+            changed[key] = text
+    return sweep.model_copy(update={"overrides": changed})
+
+
+def main() -> int:
+    args = parse()
+    with exit_on_error():
+        sweep = with_overrides(read_sweep(find_config(args.config, CONFIGS / "sweeps")), args.overrides)
+        chosen = everyone = members(sweep, CONFIGS)
+        if args.list:
+            print("\n".join(f"{m.index:>4}  {m.name}" for m in everyone))
+            return 0
+        if args.member is not None:
+            if not 0 <= args.member < len(everyone):
+                raise ConfigError(f"--member {args.member}: the sweep has members 0 to {len(everyone) - 1}")
+            chosen = [everyone[args.member]]
+        if not args.report_only:
+            table = LiveTable(sweep, chosen)
+            BACKENDS["local" if args.member is not None else args.backend or sweep.backend](sweep, chosen, TRAIN, table.update)
+            evaluate_members(sweep, chosen)
+            table.close()
+        states = {member.name: read_state(member) for member in everyone}
+        rows = [result_row(member, states[member.name], sweep) for member in everyone]
+        folder = Path(sweep.output_dir) / sweep.name
+        write_results(folder / "results.parquet", rows)
+        (folder / "report.html").write_text(report(sweep, everyone, rows, shlex.join(["python", *sys.argv])))
+        print(f"wrote {folder / 'results.parquet'} and {folder / 'report.html'}")
+    return 0 if all(state.state in ("done", "diverged") for state in states.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

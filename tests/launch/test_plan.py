@@ -1,0 +1,26 @@
+"""`launch/plan.py` as a command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "launch/plan.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_documented_example_works() -> None:
+    done = plan("--config", "large.json", "--gpus", "64")
+    assert done.returncode == 0, done.stderr
+    assert "Recommended" in done.stdout
+
+
+def test_bad_use_names_the_nearest_device() -> None:
+    done = plan("--config", "large.json", "--device", "H10")
+    assert done.returncode == 2
+    assert "Did you mean 'H100'" in done.stderr
+    assert "Traceback" not in done.stderr
