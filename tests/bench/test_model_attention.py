@@ -6,86 +6,37 @@ modality), at base width 32; and Hermes-M's bidirectional attention with 64 map 
 
 from __future__ import annotations
 
-import resource
-import time
-from collections.abc import Callable
-from multiprocessing import get_context
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hermes_dist.models.attention import AttentionKind, CrossAttention
-from hermes_dist.models.medformer import BidirectionalAttention
-from hermes_dist.models.resunet import Fusion
-
+WORKER = Path(__file__).with_name("model_attention_worker.py")
 MAPS = {"4x": (32, 128), "8x": (16, 256), "16x": (8, 320)}
-TOKENS = 25
 
 
-def exchange(kind: AttentionKind, side: int, channels: int) -> Callable[[], torch.Tensor]:
-    """Hermes-R: both cross attentions of one fusion block."""
-    torch.manual_seed(0)
-    read, write = CrossAttention(channels, kind), CrossAttention(channels, kind)
-    features, tokens = torch.randn(1, side**3, channels), torch.randn(1, TOKENS, channels)
-
-    def run() -> torch.Tensor:
-        x = features.clone().requires_grad_()
-        t = tokens + read(tokens, x)
-        write(x, t).square().mean().backward()
-        assert x.grad is not None
-        return x.grad
-
-    return run
-
-
-def bidirectional(kind: AttentionKind, side: int, channels: int) -> Callable[[], torch.Tensor]:
-    """Hermes-M: one bidirectional attention."""
-    torch.manual_seed(0)
-    block = BidirectionalAttention(channels, channels, project_tokens=True, fusion=Fusion({}, True, kind))
-    features, tokens = torch.randn(1, channels, side, side, side), torch.randn(1, 64 + TOKENS, channels)
-
-    def run() -> torch.Tensor:
-        x = features.clone().requires_grad_()
-        updates = block(x, tokens, None, 64)
-        sum(u.square().mean() for u in updates).backward()  # type: ignore[union-attr]
-        assert x.grad is not None
-        return x.grad
-
-    return run
-
-
-MODELS = {"Hermes-R": exchange, "Hermes-M": bidirectional}
-
-
-def measured(model: str, kind: AttentionKind, side: int, channels: int, connection: Any) -> None:
-    """Child process: CPU seconds of the second run, growth of the peak resident set, and the gradient."""
-    torch.set_num_threads(2)
-    run = MODELS[model](kind, side, channels)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    peak_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    start = time.process_time()
-    gradient = run()
-    connection.send((time.process_time() - start, peak_mib, gradient.numpy()))
+def measure(out: Path, **options: Any) -> tuple[dict[str, float], torch.Tensor]:
+    """Figures and gradient of one kind, from a process of its own."""
+    command = [sys.executable, str(WORKER), json.dumps({**options, "out": str(out)})]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
+    return json.loads(text.splitlines()[-1]), torch.load(out, weights_only=True)
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("model", list(MODELS))
-def test_fused_attention_against_the_plain_formula(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    context = get_context("spawn")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("model", ["Hermes-R", "Hermes-M"])
+def test_fused_attention_against_the_plain_formula(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"\n{model}:", "| map | plain CPU s | fused CPU s | plain MiB | fused MiB |", "|---|---|---|---|---|"]
     for name, (side, channels) in MAPS.items():
-        results: dict[str, Any] = {}
-        for kind in ("reference", "fused"):
-            ours, theirs = context.Pipe()
-            child = context.Process(target=measured, args=(model, kind, side, channels, theirs))
-            child.start()
-            assert ours.poll(600), "the child did not answer in 600 s"
-            results[kind] = ours.recv()
-            child.join(60)
-        plain, fused = results["reference"], results["fused"]
-        torch.testing.assert_close(torch.from_numpy(fused[2]), torch.from_numpy(plain[2]), rtol=1e-3, atol=1e-8)
-        lines.append(f"| {name} | {plain[0]:.2f} | {fused[0]:.2f} | {plain[1]:.0f} | {fused[1]:.0f} |")
+        options = {"model": model, "side": side, "channels": channels}
+        plain, expected = measure(tmp_path / "plain.pt", kind="reference", **options)
+        fused, found = measure(tmp_path / "fused.pt", kind="fused", **options)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
+        figures = f"{plain['cpu_s']:.2f} | {fused['cpu_s']:.2f} | {plain['peak_mib']:.0f} | {fused['peak_mib']:.0f}"
+        lines.append(f"| {name} | {figures} |")
     with capsys.disabled():
         print("\n".join(lines))

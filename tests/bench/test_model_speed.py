@@ -27,6 +27,7 @@ def measure(side: str, **options: Any) -> dict[str, float]:
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("base", [16, 32])
 def test_step_against_the_eager_baseline(base: int, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"base": base, "side_vox": 64, "columns": 15, "threads": 2, "repeats": 3}
@@ -43,6 +44,7 @@ def test_step_against_the_eager_baseline(base: int, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(3600)
 def test_checkpointing_memory_and_time(capsys: pytest.CaptureFixture[str]) -> None:
     options = {"base": 32, "side_vox": 96, "columns": 15, "threads": 2, "repeats": 1}
     rows = {mode: measure(mode, **options) for mode in ("none", "selective", "blocks", "full")}
