@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,23 @@ from torch import Tensor
 from hermes_dist.config import Vox3
 from hermes_dist.stream.reader import Sample
 from hermes_dist.tasks import TaskTable
+from hermes_dist.volume import augment_device
+from hermes_dist.volume.augment import Draw
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A sample whose augmentation is left to the training device: source box (Z, Y, X), draw, and the patch's place in it."""
+
+    image: Tensor
+    label: Tensor
+    numbers: Draw
+    patch_start_vox_zyx: Vox3
+
+    def finish(self, device: torch.device, patch_vox_zyx: Vox3) -> tuple[Tensor, Tensor]:
+        """Image and label of the patch, on the device."""
+        image, label = self.image.to(device), self.label.to(device)
+        return augment_device.apply(image, label, self.numbers, self.patch_start_vox_zyx, patch_vox_zyx)
 
 
 @dataclass(frozen=True)
@@ -39,10 +56,17 @@ class Batch:
     dataset_ids: Tensor
     ignore_values: Tensor
     pair_mask: Tensor
+    pending: tuple[Pending, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """This batch on another device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)})
+        """This batch on another device. What is `pending` is augmented there: before that image and label are placeholders."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self) if f.name != "pending"}
+        if self.pending:
+            patch = (int(self.label.shape[1]), int(self.label.shape[2]), int(self.label.shape[3]))
+            done = [p.finish(torch.device(device), patch) for p in self.pending]
+            moved["image"] = torch.stack([image for image, _ in done])[:, None]
+            moved["label"] = torch.stack([label for _, label in done])
+        return Batch(**moved)
 
     def targets(self) -> Tensor:
         """(B, T, Z, Y, X) bool: does the voxel belong to the class of column t? False in padding columns."""
@@ -100,11 +124,13 @@ class Collator:
         """One batch; without samples one filler (zeros, the first dataset's tasks, no valid pair)."""
         chosen = [s.dataset for s in samples] or [0]
         n, width = len(chosen), int(max(self.pairs[d] for d in chosen))
-        image = np.zeros((n, 1, *self.patch), np.float32) if not samples else np.empty((n, 1, *self.patch), np.float32)
-        label = np.zeros((n, *self.patch), self.label_dtype) if not samples else np.empty((n, *self.patch), self.label_dtype)
+        # One sample that is left to the device takes its neighbours along: they have nothing left to change.
+        pending = tuple(self._pending(s) for s in samples) if any(s.numbers is not None for s in samples) else ()
+        make = np.empty if samples and not pending else np.zeros
+        image, label = make((n, 1, *self.patch), np.float32), make((n, *self.patch), self.label_dtype)
         class_values = np.zeros((n, width, self.n_values), bool)
         task_ids = np.full((n, width), -1, np.int64)
-        for i, sample in enumerate(samples):
+        for i, sample in enumerate(samples if not pending else ()):
             image[i, 0], label[i] = sample.image, sample.label
         for i, d in enumerate(chosen):
             for t, c in enumerate(self.tasks.datasets[d].classes):
@@ -123,7 +149,13 @@ class Collator:
             dataset_ids=torch.tensor(chosen, dtype=torch.int64),
             ignore_values=torch.tensor(ignored, dtype=torch.int64),
             pair_mask=torch.from_numpy((task_ids >= 0) & real[:, None]),
+            pending=pending,
         )
+
+    def _pending(self, sample: Sample) -> Pending:
+        image = np.require(sample.image, requirements=["C", "W"])  # arrays of the object store are read-only
+        label = torch.from_numpy(sample.label.astype(self.label_dtype))
+        return Pending(torch.from_numpy(image), label, sample.numbers or Draw(), sample.patch_start)
 
 
 def local_part(step: int, global_batch: int, rank: int, world_size: int) -> tuple[int, int]:

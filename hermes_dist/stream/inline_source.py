@@ -32,6 +32,10 @@ class InlineSource:
         for part in self._parts:
             yield from read_run(self._reader, part)
 
+    def augment_on_device(self) -> None:
+        """From here on leave the augmentation to the training device."""
+        self._reader.augment_here = False
+
     def gauges(self) -> dict[str, float]:
         """No workers, no object store: nothing to report."""
         return {}

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from hermes_dist.config import Config
 from hermes_dist.errors import ConfigError, QuarantineLimitError, WaitTimeoutError
@@ -28,6 +29,9 @@ from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
 
 POLL_S = 0.5
+AUTO_STEPS = 50
+AUTO_SHARE = 0.05
+"""`augment.where = auto`: after so many steps, a larger share of waiting moves the augmentation to the training device."""
 CAUSES = ("storage", "decode", "augment", "transfer", "queue")
 
 
@@ -35,6 +39,10 @@ class Source(Protocol):
     """Samples of this rank, in order."""
 
     def __iter__(self) -> Iterator[Sample]: ...
+
+    def augment_on_device(self) -> None:
+        """Leave the augmentation of samples that are not yet under way to the training device."""
+        ...
 
     def gauges(self) -> dict[str, float]:
         """Values for metrics, by metric name."""
@@ -110,6 +118,7 @@ class Stream:
         self._thread = threading.Thread(target=self._feed, name="stream-feeder", daemon=True)
         self._telemetry: Telemetry | None = None
         self._notes: list[dict[str, Any]] = []
+        self._judged, self._judge_wait_s, self._judge_from = 0, 0.0, 0.0
 
     def start(self, notes: list[dict[str, Any]], telemetry: Telemetry | None) -> None:
         """Begin to read; `notes` become events of the first step."""
@@ -146,9 +155,25 @@ class Stream:
         batch.wait_parts_s = attribute_wait(wait_s, parts_s, len(batch.positions))
         batch.events = self._notes + batch.events
         self._notes = []
+        self._decide_place(wait_s)
         self._step = batch.step + 1
         self._report(parts_s)
         return batch
+
+    def _decide_place(self, wait_s: float) -> None:
+        """`augment.where = auto`: once, after AUTO_STEPS warm steps, by the share of time spent waiting."""
+        if self._config.augment.where != "auto" or self._judged > AUTO_STEPS:
+            return
+        self._judged += 1
+        if self._judged == 1:  # the first step waits for workers to start: it says nothing
+            self._judge_from = time.perf_counter()
+            return
+        self._judge_wait_s += wait_s
+        share = self._judge_wait_s / max(time.perf_counter() - self._judge_from, 1e-9)
+        if self._judged > AUTO_STEPS and share > AUTO_SHARE and torch.cuda.is_available():
+            self._source.augment_on_device()
+            message = f"augment.where=auto: {share:.0%} of {AUTO_STEPS} steps was waiting for samples; augmenting on the device"
+            self._notes.append({"kind": "note", "message": message})
 
     def _wait(self) -> _Ready:
         limit_s = self._config.stream.wait_limit_s

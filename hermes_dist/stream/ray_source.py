@@ -42,14 +42,17 @@ FIRST_SEGMENT_ROWS = 256
 SEGMENT_ROWS = 2048
 """Samples per pipeline. Starting one costs about a millisecond a task, so that the first one is short."""
 
+READ_WHILE_STARTING = True
+"""Read in the training process until the first sample of a worker arrives (tests switch it off)."""
+
 _readers: dict[str, Reader] = {}
 
 
 class RaySource:
     """Yields the samples of a sequence of position ranges, in order, read by Ray workers.
 
-    A cluster needs seconds to start. Meanwhile the samples of the first step are read in this process, so that the first batch
-    need not wait for it; they are the same samples, whoever reads them.
+    A cluster needs seconds to start. Until its first sample arrives this process reads for itself, so that training begins at
+    once; what Ray then delivers twice is dropped. They are the same samples, whoever reads them.
 
     Args:
         reader: sent to the workers once.
@@ -64,6 +67,7 @@ class RaySource:
         self._reader = reader
         self._first = next(parts, range(0))
         self._positions = (p for part in parts for p in part)
+        self._first_segment = list(islice(self._positions, FIRST_SEGMENT_ROWS))
         self._place = local_place(rank, world_size)
         self._workers = max(config.workers, config.max_workers or 0)
         self._sample_bytes = int(np.prod(reader.patch)) * 6
@@ -83,15 +87,28 @@ class RaySource:
             raise StreamError(f"Ray failed: {error}; see its logs, or set stream.backend=inline") from error
 
     def _from_workers(self) -> Iterator[Sample]:
+        done = 0
+        for position in self._first_segment if READ_WHILE_STARTING else ():
+            if self._started.done():
+                break
+            yield from read_run(self._reader, range(position, position + 1))
+            done += 1
         current = self._started.result()
         while current is not None:
             rows, blocks = current
             early = min(rows // 2, 4 * ROWS_PER_TASK * self._workers)
             samples = (sample for block in blocks for sample in decode_block(block))
-            yield from islice(samples, rows - early)
+            yield from islice(samples, done, max(rows - early, done))
             following = self._starter.submit(self._open, SEGMENT_ROWS)
             yield from samples
-            current = following.result()
+            current, done = following.result(), 0
+
+    def augment_on_device(self) -> None:
+        """From the next pipeline on leave the augmentation to the training device."""
+        self._reader.augment_here = False
+        with self._lock:
+            if self._cluster is not None:
+                self._reader_ref = self._send_reader()
 
     def gauges(self) -> dict[str, float]:
         """Workers and object store, by metric name."""
@@ -120,15 +137,21 @@ class RaySource:
                 cluster.close()
                 return None
             self._cluster = cluster
-            sent = copy.copy(self._reader)
-            sent.chaos = copy.copy(self._reader.chaos)
-            sent.chaos.kill_dir = self._kill_dir
-            self._reader_ref = ray.put(sent)
-        return self._open(FIRST_SEGMENT_ROWS)
+            self._reader_ref = self._send_reader()
+        return self._run(self._first_segment)
+
+    def _send_reader(self) -> Any:
+        sent = copy.copy(self._reader)
+        sent.chaos = copy.copy(self._reader.chaos)
+        sent.chaos.kill_dir = self._kill_dir  # only workers are ever killed
+        return ray.put(sent)
 
     def _open(self, rows: int) -> tuple[int, Iterator[Any]] | None:
-        """Start a pipeline over the next positions. Returns (samples, blocks), or None if there are no positions left."""
-        positions = list(islice(self._positions, rows))
+        """Start a pipeline over the next `rows` positions."""
+        return self._run(list(islice(self._positions, rows)))
+
+    def _run(self, positions: list[int]) -> tuple[int, Iterator[Any]] | None:
+        """Start a pipeline and wait for its first block. Returns (samples, blocks), or None without positions."""
         if not positions:
             return None
         tasks = list(_runs(positions))
@@ -187,8 +210,8 @@ class _Read:
         self._positions = positions
 
     def __call__(self) -> Iterable[Block]:
-        reader = _reader(self._reader_ref)
         try:
+            reader = _reader(self._reader_ref)
             for sample in read_run(reader, self._positions):
                 yield encode_block(sample)
         except HermesError as error:

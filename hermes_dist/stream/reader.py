@@ -94,6 +94,8 @@ class Reader:
         self.class_weights = tuple(class_weights)
         self.patch = data.patch_vox_zyx
         self.augmentation = augmentation
+        self.augment_here = augmentation.where != "device"
+        """Apply the augmentation where the sample is read; otherwise it is left to the training device."""
         self.faults = faults
         self.chaos = Chaos(faults.chaos, plan.seed)
         self._first = np.cumsum([0] + [len(s.manifest) for s in stores])
@@ -146,7 +148,7 @@ class Reader:
         read, decode_s = time.perf_counter(), store.counters.decode_s - decoded_before_s
         patch_start = (start[0] - box_start[0], start[1] - box_start[1], start[2] - box_start[2])
         sample = Sample(position, dataset, case, identity(*self._name(case), start), image, label, numbers, patch_start)
-        if self.augmentation.where != "device":
+        if self.augment_here:
             finish(sample, self.patch)
         sample.parts_s = {
             "storage": max(read - begin - decode_s, 0.0),

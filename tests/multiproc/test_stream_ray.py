@@ -27,8 +27,10 @@ RANK_PROGRAM = """
 import hashlib, json, os, sys, time
 from hermes_dist.config import validate
 from hermes_dist.shards.store import open_store
+from hermes_dist.stream import ray_source
 from hermes_dist.stream.loader import open_stream
 
+ray_source.READ_WHILE_STARTING = False
 if __name__ == "__main__":
     config, path, rank, world = validate(json.loads(sys.argv[1])), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     store, began, digests = open_store(path), time.monotonic(), {}
@@ -92,12 +94,13 @@ def program(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("form", "workers", "micro", "where"),
-    [("zarr", 1, 2, "worker"), ("webdataset", 2, 3, "worker")],
+    [("zarr", 1, 2, "worker"), ("webdataset", 2, 3, "worker"), ("zarr", 2, 1, "device")],
 )
 def test_ray_and_inline_give_the_same_bits(
     form: str, workers: int, micro: int, where: str, cluster: None, stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over several pipelines (segments are made short), with repeated segments, formats, workers and micro-batches."""
+    monkeypatch.setattr(ray_source, "READ_WHILE_STARTING", False)
     monkeypatch.setattr(ray_source, "FIRST_SEGMENT_ROWS", 9)
     monkeypatch.setattr(ray_source, "SEGMENT_ROWS", 14)
     common = {"train__max_steps": 10, "augment__where": where}
@@ -106,6 +109,13 @@ def test_ray_and_inline_give_the_same_bits(
     assert real_samples(steps(config, stores[form])) == real_samples(steps(inline, stores["zarr"]))
     some = real_samples(steps(config, stores[form], rank=1, world=4, start=5))
     assert some == real_samples(steps(inline, stores["zarr"], rank=1, world=4, start=5))
+
+
+def test_training_does_not_wait_for_ray_to_start(cluster: None, stores: dict[str, Path]) -> None:
+    """While Ray starts the rank reads for itself; the samples are the same, and Ray takes over."""
+    inline = make_config(train__max_steps=12)
+    bridged = make_config(train__max_steps=12, stream__backend="ray", stream__faults={"chaos": {"slow_s": 0.05}})
+    assert real_samples(steps(bridged, stores["zarr"])) == real_samples(steps(inline, stores["zarr"]))
 
 
 def test_ranks_share_a_cluster_and_leave_nothing(program: Path, stores: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hermes_dist.errors import ConfigError, QuarantineLimitError, StreamError, WaitTimeoutError
+from hermes_dist.stream import loader
 from hermes_dist.stream.loader import attribute_wait
 from tests.stream.tools import make_config, real_samples, steps
 
@@ -132,3 +133,28 @@ def test_identities_name_dataset_case_and_crop(store_paths: dict[str, Path]) -> 
     for a, b in zip(batches, augmented, strict=True):
         assert np.array_equal(a.identities, b.identities)
     assert len(np.unique(np.concatenate([b.identities for b in batches]))) > 20
+
+
+def test_augmentation_on_the_device_is_that_of_the_workers_to_rounding(store_paths: dict[str, Path]) -> None:
+    here = steps(make_config(), store_paths["zarr"])
+    there = steps(make_config(augment__where="device"), store_paths["zarr"])
+    for a, b in zip(here, there, strict=True):
+        assert np.array_equal(a.identities, b.identities)
+        for x, raw in zip(a.micro_batches, b.micro_batches, strict=True):
+            assert len(raw.pending) == len(raw.image)
+            y = raw.to("cpu")
+            assert not y.pending
+            torch.testing.assert_close(x.image, y.image, atol=2e-3, rtol=0)
+            assert (x.label != y.label).float().mean() < 2e-3
+            assert y.label.dtype == x.label.dtype
+
+
+def test_auto_moves_the_augmentation_when_the_rank_waits(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "AUTO_STEPS", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    slow = {"chaos": {"slow_s": 0.01}}
+    batches = steps(make_config(augment__where="auto", stream__faults=slow, train__max_steps=10), store_paths["zarr"])
+    assert not batches[0].micro_batches[0].pending
+    assert batches[-1].micro_batches[0].pending
+    notes = [e["message"] for b in batches for e in b.events if e["kind"] == "note"]
+    assert any("augment.where=auto" in n for n in notes)
