@@ -1,0 +1,137 @@
+"""The training command as a person starts it: plain python, deepspeed, torchrun; the same samples and losses from all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_tools.collection import read_collection_file
+from data_tools.convert import Settings, convert
+from data_tools.phantom import write_phantoms
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BIN = Path(sys.executable).parent
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """Three tiny cases of each phantom dataset, as a shard store."""
+    folder = tmp_path_factory.mktemp("phantom")
+    collection = read_collection_file(write_phantoms(folder / "raw", seed=3, cases=3))
+    convert(collection, str(folder / "store"), Settings(workers=0), say=lambda _: None)
+    return folder / "store"
+
+
+def overrides(store: Path, out: Path, name: str, *extra: str) -> list[str]:
+    return [
+        f'data.stores=["{store}"]', f"run.output_dir={out}", f"run.name={name}", f"train.max_steps={STEPS}",
+        "train.micro_batch=1",
+        "checkpoint.every_steps=2", "monitor.prometheus_port=0", "monitor.log_every=1", *extra,
+    ]  # fmt: skip
+
+
+def launch(*command: str, limit_s: float = 280) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit_s)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def plain(*args: str) -> subprocess.CompletedProcess[str]:
+    return launch(sys.executable, "launch/train.py", "--config", "demo.json", *args)
+
+
+def metrics(out: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(store, tmp_path_factory) -> Path:
+    """Output folder of the reference run: one plain process, read inline."""
+    out = tmp_path_factory.mktemp("runs")
+    done = plain(*overrides(store, out, "one", "stream.backend=inline"))
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 on cpu" in done.stderr
+    return out
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    ("launcher", "extra"),
+    [
+        (
+            ["deepspeed", "--num_accelerators", "2", "--master_port", "PORT"],
+            ["deepspeed.zero_optimization.stage=3", "stream.backend=ray"],
+        ),
+        (["torchrun", "--standalone", "--nproc-per-node", "2"], ["deepspeed.zero_optimization.stage=0", "stream.backend=inline"]),
+    ],
+    ids=["deepspeed-zero3-ray", "torchrun-zero0-inline"],
+)
+def test_launchers_stages_and_backends_change_who_computes_never_what(store, one_process, tmp_path, launcher, extra):
+    launcher = [free_port() if part == "PORT" else part for part in launcher]
+    done = launch(*launcher, "launch/train.py", "--config", "demo.json", *overrides(store, tmp_path, "two", *extra))
+    assert done.returncode == 0, done.stderr[-4000:]
+    expected, found = metrics(one_process, "one"), metrics(tmp_path, "two")
+    assert [r["order_hash"] for r in found] == [r["order_hash"] for r in expected]
+    for key in ("loss", "loss_bce", "loss_dice", "loss_modality", "grad_norm"):
+        assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=2e-4), key
+    assert sum(r["position"] for r in found) == sum(4 * (s + 1) for s in range(STEPS))
+
+
+def test_resume_goes_on_bitwise_from_the_newest_checkpoint(store, one_process, tmp_path):
+    shutil.copytree(one_process / "one", tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / f"step_{STEPS:08d}")
+    before = metrics(one_process, "one")
+    done = plain(*overrides(store, tmp_path, "one", "stream.backend=inline"))
+    assert done.returncode == 0, done.stderr
+    assert f"step 2 of {STEPS}" in done.stderr
+    after = metrics(tmp_path, "one")
+    assert [r["step"] for r in after] == list(range(STEPS))
+    for key in ("loss", "grad_norm", "order_hash", "lr"):
+        assert [r[key] for r in after] == [r[key] for r in before], key
+
+
+def test_the_run_directory_is_complete(one_process):
+    run = one_process / "one"
+    for name in ("config.json", "environment.json", "tasks.json", "preprocessing.json", "metrics.jsonl", "checkpoints/latest"):
+        assert (run / name).is_file(), name
+    config = json.loads((run / "config.json").read_text())
+    assert config["loss"]["overlap"] == "dice"
+    assert config["model"]["priors"]["padding"] == "masked"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["train.global_bach=4"], 2, ["train.global_bach", "global_batch"]),
+        (['data.stores=["no/such/store"]'], 1, ["no/such/store"]),
+        (["data.split=tset"], 2, ["tset"]),
+        (["data.mixture.weights={\"phantom_xt\": 1}"], 2, ["phantom_xt"]),
+        (["data.foreground.class_weights={\"phantom_ct/livr\": 2}"], 2, ["phantom_ct/livr"]),
+        (["deepspeed.train_batch_size=4"], 2, ["train_batch_size", "train.global_batch"]),
+        (["train.max_steps"], 2, ["section.key=value"]),
+    ],
+    ids=lambda v: str(v)[:40],
+)  # fmt: skip
+def test_bad_input_is_one_clear_message_and_leaves_nothing_behind(store, tmp_path, args, code, words):
+    done = plain(*overrides(store, tmp_path, "bad", "stream.backend=inline"), *args)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    for word in words:
+        assert word in errors[0]
+    assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+    assert not (tmp_path / "bad" / "checkpoints").exists()
