@@ -13,13 +13,17 @@ from hermes_dist.config import Config
 from hermes_dist.errors import CheckpointError, NumericalError
 from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import Checkpointer
+from hermes_dist.parallel.ds_config import build_ds_config
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.runtime import Runtime
+from hermes_dist.scaling.utilisation import Utilisation
 from hermes_dist.stream.batch import StepBatch
 from hermes_dist.stream.loader import open_stream
+from hermes_dist.stream.prepare import build_reader
 from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
 from hermes_dist.train import run_directory, transfer
+from hermes_dist.train.environment import git_commit
 from hermes_dist.train.evaluate import evaluate_during_training
 from hermes_dist.train.record import LossSums, StepRecord
 from hermes_dist.train.schedule import learning_rate
@@ -57,6 +61,9 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     stores, tasks, preprocessing = run_directory.open_stores(config)
     tasks = transfer.extend(config.train, tasks)
     fresh = TrainState(seed=config.run.seed, tasks_digest=tasks.digest, collection_digest=run_directory.collection_digest(stores))
+    # Whatever can be found wrong in the configuration is found before anything is written.
+    build_reader(config, stores, tasks)
+    build_ds_config(config, runtime.world_size)
     if runtime.rank == 0:
         run_directory.prepare(config, tasks, preprocessing, runtime.world_size)
     runtime.barrier()
@@ -69,6 +76,8 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     telemetry = Telemetry(config.run_dir, config.monitor, runtime.rank, runtime.world_size, config.run.name)
     telemetry.resume(state.step)
     telemetry.declare(tasks)
+    telemetry.extend(Utilisation(config, tasks, torch.cuda.get_device_name() if runtime.device.type == "cuda" else None))
+    telemetry.set("hermes_run_info", 1, world_size=str(runtime.world_size), device=str(runtime.device), commit=git_commit() or "")
     telemetry.set("hermes_max_steps", config.train.max_steps)
     telemetry.set("hermes_parameters", sum(p.numel() for p in model.parameters() if p.requires_grad))
     runtime.say(
@@ -87,6 +96,8 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                 due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
                 if stop or due or state.step == config.train.max_steps:
                     checkpointer.save(engine, asdict(state), state.step)
+                    telemetry.set("hermes_checkpoint_timestamp_seconds", time.time())
+                    telemetry.set("hermes_checkpoint_step", state.step)
                 if stop or state.step == config.train.max_steps:
                     break
         checkpointer.finish()
