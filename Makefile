@@ -21,7 +21,9 @@ demo: setup
 	$(PY) launch/demo.py --seed $(SEED) $(if $(DATA),--data $(DATA))
 
 test: setup
-	$(PY) -m pytest -m "not bench and not gpu"
+	$(PY) -m pytest -m "not bench and not gpu and not multiproc and not faults and not slow"
+	$(PY) -m pytest -m "(multiproc or slow) and not faults and not bench and not gpu"
+	$(PY) -m pytest -m "faults and not bench and not gpu"
 
 check: setup
 	ruff format --check . && ruff check . && pyright && lint-imports
