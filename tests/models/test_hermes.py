@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -136,7 +137,7 @@ def test_unidirectional_features_ignore_the_priors(backbone: str) -> None:
 @given(data=st.data())
 def test_a_samples_logits_depend_on_that_sample_alone(backbone: str, data: st.DataObject) -> None:
     """Alone, in any batch, in any order, with any number of padding columns (invariant 4)."""
-    model = _cached(backbone)
+    model = copy.deepcopy(_cached(backbone)).double()
     ids = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True))
     other = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True))
     padding, place = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 1))
@@ -156,7 +157,7 @@ _MODELS: dict[str, nn.Module] = {}
 
 def _cached(backbone: str) -> nn.Module:
     if backbone not in _MODELS:
-        _MODELS[backbone] = build(backbone=backbone).double()
+        _MODELS[backbone] = build(backbone=backbone)
     return _MODELS[backbone]
 
 
