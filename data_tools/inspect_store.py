@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,13 +14,10 @@ from rich.table import Table
 from data_tools.progress import ProgressReport, size_text, wide_console
 from data_tools.sources.nifti import write_nifti
 from data_tools.sources.volumes import suffix_of
-from hermes_dist.errors import CorruptShardError, StoreError, UsageError, nearest
-from hermes_dist.shards import STORES
-from hermes_dist.shards.case import data_hash
-from hermes_dist.shards.codec import crc32c
+from hermes_dist.errors import UsageError, nearest
 from hermes_dist.shards.manifest import ManifestRow
-from hermes_dist.shards.remote import open_storage
 from hermes_dist.shards.store import ShardStore, open_store
+from hermes_dist.shards.verify import case_problems, store_problems
 from hermes_dist.volume.geometry import Placement
 from hermes_dist.volume.preprocess import restore_label, restore_probability
 
@@ -31,7 +27,9 @@ CLASSES_SHOWN = 6
 def verify(url: str, *, workers: int) -> list[str]:
     """Check sizes and checksums of every file, decode every voxel and compare with the manifest; returns the problems found."""
     store = open_store(url)
-    problems: list[str] = []
+    problems = [f"{url}: {text}" for text in store_problems(store)]
+    for text in problems:
+        print(f"damaged {text}", file=sys.stderr, flush=True)
     total = len(store.manifest)
 
     def one(i: int) -> tuple[int, list[str]]:
@@ -47,26 +45,6 @@ def verify(url: str, *, workers: int) -> list[str]:
                 print(f"damaged {text}", file=sys.stderr, flush=True)
     print(f"{total} cases, {size_text(size)}: {'every checksum matches' if not problems else f'{len(problems)} problems'}")
     return problems
-
-
-def case_problems(store: ShardStore, row: ManifestRow) -> Iterator[str]:
-    """What is wrong with one stored case."""
-    form, storage = STORES[store.collection.format], open_storage(store.url)
-    try:
-        for path, size, checksum in zip(form.files(row), row.file_bytes, row.file_crc32c, strict=True):
-            found = storage.size(path)
-            if found != size:
-                yield f"{path} has {found} bytes, the manifest says {size}"
-                return
-            if crc32c(storage.read(path, size + 1)) != checksum:
-                yield f"{path} has another checksum than the manifest"
-                return
-        yield from form.check_case(storage, row, store.collection.layout)
-        image, label = store.read_stored(row)
-        if data_hash(image, label, row.image_step) != row.data_hash:
-            yield "voxels have another hash than the manifest"
-    except (CorruptShardError, StoreError, ValueError) as error:
-        yield str(error)
 
 
 def info(url: str) -> None:

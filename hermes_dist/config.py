@@ -184,7 +184,11 @@ class OptimizerConfig(Section):
     eps: float = 1e-5
     """Added to the root of the second moment."""
     weight_decay: float = 1e-5
-    """Decoupled weight decay on every tensor."""
+    """Decoupled weight decay."""
+    decay_exclude: Literal["none", "vectors"] = "none"
+    """LAMB: tensors without weight decay, which then have trust ratio 1; `vectors` = biases and norms (published: none)."""
+    max_trust_ratio: float | None = Field(default=None, gt=0)
+    """LAMB: upper limit of the trust ratios (null = none, as published)."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm limit (0 = none)."""
     schedule: Literal["exponential", "polynomial", "constant"] | None = None

@@ -2,6 +2,7 @@
 
 Examples:
   python launch/evaluate.py --run runs/demo --split test
+  python launch/evaluate.py --run runs/demo --raw demo_data/seed7/collection.json
   torchrun --nproc-per-node 8 -- launch/evaluate.py --run runs/large evaluate.overlap=0.75
 """
 
@@ -11,18 +12,17 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from data_tools.references import RawReferences
 from hermes_dist.errors import exit_on_error
 from hermes_dist.parallel import runtime
 from hermes_dist.train.evaluate import Job, evaluate
 from hermes_dist.train.predict import load_run, use_cores
-from hermes_dist.train.report_scores import interval, score
+from hermes_dist.train.report_scores import show
 from hermes_dist.train.run_directory import open_stores
 
 
@@ -30,28 +30,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory of launch/train.py or launch/import_published.py")
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
+    parser.add_argument("--raw", type=Path, help="collection file: score on the scans' own grids against the raw labels")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help='e.g. data.stores=["URL"]')
     return parser.parse_intermixed_args()
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """The table, the policy, and what could not be scored."""
-    table = Table("dataset", "class", title=f"{result['split']} split, {result['n_cases']} whole scans")
-    for name in ("n", "Dice", "95 % interval", "NSD", "HD95 mm", "missed", "false alarms"):
-        table.add_column(name, justify="right")
-    total = result["mean"]
-    mean = {**total, "dataset": "mean", "task": f"{total['n_classes']} classes", "n": total["n_cases"]}
-    rows: list[dict[str, Any]] = [*result["per_class"], mean]
-    for row in rows:
-        cells = [row["dataset"], row["task"], str(row["n"]), score(row["dice"]), interval(row["dice_ci"]), score(row["nsd"])]
-        table.add_row(*cells, score(row["hd95_mm"], "{:.1f}"), str(row["missed"]), str(row["false_alarms"]))
-    console.print(table)
-    console.print(f"empty references: {result['policy']['empty_reference']} ({result['policy']['meaning']})")
-    for failure in result["failed"]:
-        console.print(f"not scored: {failure['dataset']}/{failure['case_id']}: {failure['reason']}")
 
 
 def main() -> int:
@@ -62,7 +46,8 @@ def main() -> int:
         use_cores(args.threads)
         session = runtime.start(run.config) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
         stores, _, _ = open_stores(run.config)
-        job = Job(args.run, run.config, stores, run.tasks, args.split, run.weights_digest)
+        references = RawReferences(args.raw) if args.raw else None
+        job = Job(args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
             line = bar.add_task("scans", total=None)
             result = evaluate(run.model, job, session, progress=lambda i, n, _: bar.update(line, completed=i, total=n))

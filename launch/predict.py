@@ -23,9 +23,7 @@ from hermes_dist.train.predict import THRESHOLD, Target, TrainedRun, load_run, p
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory of launch/train.py or launch/import_published.py")
-    parser.add_argument(
-        "--input", type=Path, required=True, help="a scan (nii, nii.gz, nrrd, mha, mhd), a DICOM folder, or a folder"
-    )
+    parser.add_argument("--input", type=Path, required=True, help="a scan (nii, nrrd, mha), a DICOM series, or a folder of them")
     parser.add_argument("--modality", required=True, help="as trained, e.g. CT, T1, PET")
     parser.add_argument("--tasks", required=True, help="comma-separated classes, dataset/class names, or all")
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks")

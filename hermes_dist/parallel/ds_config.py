@@ -100,6 +100,14 @@ def build_ds_config(config: Config, world_size: int) -> dict[str, Any]:
             raise ConfigError(f"unknown key 'deepspeed.{key}'.{nearest(key, [*PASSED, *STATED])}")
     stage = zero_stage(config)
     _check_zero(section.get("zero_optimization", {}), stage)
+    optimizer = config.optimizer
+    if optimizer.name != "lamb":
+        for key, value, default in (
+            ("decay_exclude", optimizer.decay_exclude, "none"),
+            ("max_trust_ratio", optimizer.max_trust_ratio, None),
+        ):
+            if value != default:
+                raise ConfigError(f"optimizer.{key} = {value!r} is an option of lamb; remove it, or set optimizer.name=lamb")
     steps, micro_batch = accumulation_steps(config, world_size), config.train.micro_batch
     return {
         **section,

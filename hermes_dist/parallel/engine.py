@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,7 @@ class Engine:
         self.config, self.runtime, self.stage = config, runtime, zero_stage(config)
         model.to(runtime.device)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        self._base = make_optimizer([p for p in model.parameters() if p.requires_grad], config)
+        self._base = make_optimizer([p for p in model.parameters() if p.requires_grad], config, shapes)
         wrapped = _LossModule(model, runtime.device.type, bf16=config.train.precision == "bf16", cache=self.stage < 3)
         self._ds = _initialize(wrapped, self._base, ds_config)
         self._clock = StepClock(runtime.device)
@@ -199,11 +199,23 @@ class Engine:
         return whole.view(shape)
 
 
-def make_optimizer(params: Sequence[Tensor], config: Config) -> torch.optim.Optimizer:
-    """The configured optimizer over `params`, in one group: the formulas that every stage and the single-process tests share."""
+def make_optimizer(params: Sequence[Tensor], config: Config, shapes: Mapping[str, torch.Size]) -> torch.optim.Optimizer:
+    """The configured optimizer over `params`, in one group: the formulas that every stage and the single-process tests share.
+
+    `shapes` are those of the whole parameters by name: what the optimizer holds may be flat pieces of them.
+    """
     section = config.optimizer
+    exempt = {n for n, s in shapes.items() if len(s) <= 1} if section.decay_exclude == "vectors" else set[str]()
     if section.name == "lamb":
-        return Lamb(params, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
+        return Lamb(
+            params,
+            lr=section.lr,
+            betas=section.betas,
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            decays=lambda name: name not in exempt,
+            max_ratio=section.max_trust_ratio,
+        )
     return torch.optim.AdamW(
         params, lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay, foreach=False
     )

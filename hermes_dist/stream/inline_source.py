@@ -5,7 +5,7 @@ What it yields is bit-identical to the ray source, because both run the same rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from hermes_dist.stream.plan import PlanRows
 from hermes_dist.stream.reader import Reader, Sample
@@ -28,7 +28,7 @@ class InlineSource:
         self._reader = reader
         self._parts = parts
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Generator[Sample]:
         for part in self._parts:
             yield from read_run(self._reader, part)
 

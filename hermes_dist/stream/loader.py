@@ -12,7 +12,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
 
 POLL_S = 0.5
+FEEDER_LIMIT_S = 15.0
 AUTO_STEPS = 50
 AUTO_SHARE = 0.05
 """`augment.where = auto`: after so many steps, a larger share of waiting moves the augmentation to the training device."""
@@ -38,7 +39,7 @@ CAUSES = ("storage", "decode", "augment", "transfer", "queue")
 class Source(Protocol):
     """Samples of this rank, in order."""
 
-    def __iter__(self) -> Iterator[Sample]: ...
+    def __iter__(self) -> Generator[Sample]: ...
 
     def augment_on_device(self) -> None:
         """Leave the augmentation of samples that are not yet under way to the training device."""
@@ -137,14 +138,14 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stop the feeder and release workers. Safe to call twice; returns within about ten seconds."""
+        """Stop the feeder, then release workers: a sample that is under way still needs them. Safe to call twice."""
         self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=FEEDER_LIMIT_S)
         self._source.close()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._ready.get_nowait()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
 
     def _next(self) -> StepBatch:
         begin = time.perf_counter()
@@ -196,11 +197,11 @@ class Stream:
     def _feed(self) -> None:
         """Body of the feeder thread. Any error is handed to the training loop, which raises it."""
         try:
-            samples = iter(self._source)
-            for step in range(self._step, self._config.train.max_steps):
-                item = self._assemble(step, samples)
-                if item is None or not self._put(item):
-                    return
+            with contextlib.closing(iter(self._source)) as samples:
+                for step in range(self._step, self._config.train.max_steps):
+                    item = self._assemble(step, samples)
+                    if item is None or not self._put(item):
+                        return
         except BaseException as error:  # a thread must not die silently: the loop raises what it is given
             self._put(error)
 

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -26,6 +27,9 @@ from hermes_dist.errors import ConfigError, StreamError, WaitTimeoutError
 
 START_LIMIT_S = 120.0
 LEAVE_LIMIT_S = 20.0
+JOIN_GRACE_S = 2.0
+PATIENT = {"health_check_timeout_ms": 60_000, "health_check_failure_threshold": 10}
+"""Ray's own limits (10 s, five times) end a raylet on a host whose cores are busy, and its drivers with it, without a word."""
 MAX_TEMP_CHARS = 40
 """Ray appends about 65 characters to its temp folder for socket paths, which Linux limits to 107."""
 
@@ -47,13 +51,14 @@ class Cluster:
     Args:
         config: `stream` section.
         local_rank, local_world_size: this process among those of its host.
+        abandoned: set when nobody needs the cluster any more; a rank that still looks for it then gives up without an error.
 
     Raises:
         WaitTimeoutError: local rank 0 did not announce a cluster in time.
         StreamError: Ray did not start, or the address does not answer.
     """
 
-    def __init__(self, config: StreamConfig, *, local_rank: int, local_world_size: int) -> None:
+    def __init__(self, config: StreamConfig, *, local_rank: int, local_world_size: int, abandoned: threading.Event) -> None:
         quiet_ray()
         self._mark: Path | None = None
         self._home: Path | None = None
@@ -68,7 +73,10 @@ class Cluster:
             self._siblings = range(1, local_world_size)
             _announce(self._home, _start(config, self._home, local_world_size))
         else:
-            found = _await_cluster()
+            found = _await_cluster(abandoned)
+            if found is None:
+                self._connected = False
+                return
             self._mark = Path(found["home"]) / f"rank{local_rank}"
             _write_atomically(self._mark, _this_process())
             _connect(found["address"])
@@ -114,6 +122,7 @@ def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
         "logging_level": logging.ERROR,
         "object_store_memory": config.object_store_mib << 20,
         "_temp_dir": str(home),
+        "_system_config": dict(PATIENT),
     }
     try:
         ray.init(address="local", **options)
@@ -153,10 +162,12 @@ def _announce(home: Path, address: str) -> None:
     _write_atomically(rendezvous_path(), {"address": address, "home": str(home), **_this_process()})
 
 
-def _await_cluster() -> dict[str, Any]:
-    """What a living local rank 0 announced. Raises WaitTimeoutError after START_LIMIT_S."""
+def _await_cluster(abandoned: threading.Event) -> dict[str, Any] | None:
+    """What a living local rank 0 announced; None if nobody needs it any more. Raises WaitTimeoutError after START_LIMIT_S."""
     path, deadline = rendezvous_path(), time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
+        if abandoned.is_set():
+            return None
         found = _read(path)
         if found is not None and _is_alive(found):
             return found
@@ -168,11 +179,15 @@ def _await_cluster() -> dict[str, Any]:
 
 
 def _await_leave(marks: list[Path]) -> None:
-    """Wait until every sibling that joined has left or died. A cluster that ends too early would take them along."""
-    deadline = time.monotonic() + LEAVE_LIMIT_S
-    while time.monotonic() < deadline:
+    """Wait until every sibling that joined has left or died. A cluster that ends too early would take them along.
+
+    A sibling that has not joined by now (a run shorter than Ray's start) gets a moment only: it gives up by itself.
+    """
+    began = time.monotonic()
+    while (waited_s := time.monotonic() - began) < LEAVE_LIMIT_S:
         found = [_read(mark) for mark in marks]
-        if all(f is not None and (f.get("left") or not _is_alive(f)) for f in found):
+        using = [f for f in found if f is not None and not f.get("left") and _is_alive(f)]
+        if not using and (None not in found or waited_s > JOIN_GRACE_S):
             return
         time.sleep(0.1)
 

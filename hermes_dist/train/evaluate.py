@@ -207,12 +207,17 @@ def score_scan(model: nn.Module, job: Job, case: Case) -> list[ClassScore]:
         packed = sliding_window.packed_masks(parts, image.shape[0], predict.THRESHOLD)
         grid, spacing, label = "stored", case.row.spacing_mm_zyx, stored_label
 
-        def prediction(column: int) -> npt.NDArray[np.bool_]:
+        def stored_mask(column: int) -> npt.NDArray[np.bool_]:
             return sliding_window.unpacked(packed, column)
+
+        prediction = stored_mask
     else:
         levels = sliding_window.quantised(parts, image.shape[0])
         placement = Placement.from_json(json.loads(case.row.placement))
         grid, spacing, label = "original", placement.original.spacing_mm_zyx, raw_label
+
+        def stored_mask(column: int) -> npt.NDArray[np.bool_]:
+            return levels[column] >= sliding_window.LEVELS // 2
 
         def prediction(column: int) -> npt.NDArray[np.bool_]:
             return predict.restored_mask(levels[column], placement)
@@ -225,8 +230,8 @@ def score_scan(model: nn.Module, job: Job, case: Case) -> list[ClassScore]:
             prediction(column), class_mask(label, task), spacing, tolerance_mm=config.evaluate.nsd_tolerance_mm, valid=valid
         )
         scores.append(ClassScore(case.dataset.name, case.row.case_id, task.name, task.task_id, grid, score))
-    if job.pictures and grid == "stored":
-        masks = [(t.name, prediction(i), class_mask(label, t)) for i, t in enumerate(case.dataset.classes)]
+    if job.pictures:  # of the stored grid: its voxels are square
+        masks = [(t.name, stored_mask(i), class_mask(stored_label, t)) for i, t in enumerate(case.dataset.classes)]
         save_slice(job.out_dir / f"{job.split}.slices", case.row.name, image, masks, case.row.spacing_mm_zyx)
     return scores
 

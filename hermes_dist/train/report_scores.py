@@ -1,4 +1,4 @@
-"""The table of scores as HTML: per dataset and class, with intervals, counts of missed structures, and the policy spelled out."""
+"""The table of scores, as HTML and for the terminal: per dataset and class, with intervals, missed structures, and the policy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 Json = dict[str, Any]
 COLUMNS = ("class", "n (with it)", "Dice", "", "95 % interval", "NSD", "HD95 mm", "missed", "false alarms")
@@ -26,6 +29,26 @@ def scores_section(result: Json) -> str:
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     text = "".join(f'<p class="note">{note}</p>' for note in _notes(result))
     return f'<section><h2>Scores</h2><div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>{text}</section>'
+
+
+def show(result: Json, console: Console) -> None:
+    """Print the table, the policy, and what could not be scored."""
+    table = Table("dataset", "class", title=f"{result['split']} split, {result['n_cases']} whole scans")
+    for name in ("n", "Dice", "95 % interval", "NSD", "HD95 mm", "missed", "false alarms"):
+        table.add_column(name, justify="right")
+    total = result["mean"]
+    mean = {**total, "dataset": "mean", "task": f"{total['n_classes']} classes", "n": total["n_cases"]}
+    rows: list[Json] = [*result["per_class"], mean]
+    for row in rows:
+        cells = [row["dataset"], row["task"], str(row["n"]), score(row["dice"]), interval(row["dice_ci"]), score(row["nsd"])]
+        table.add_row(*cells, score(row["hd95_mm"], "{:.1f}"), str(row["missed"]), str(row["false_alarms"]))
+    console.print(table)
+    policy = result["policy"]
+    console.print(
+        f"empty references: {policy['empty_reference']} ({policy['meaning']}); cases by grid: {policy['cases_by_grid']}"
+    )
+    for failure in result["failed"]:
+        console.print(f"not scored: {failure['dataset']}/{failure['case_id']}: {failure['reason']}")
 
 
 def score(value: float | None, form: str = "{:.3f}") -> str:

@@ -8,6 +8,7 @@ import torch
 
 from hermes_dist.errors import ConfigError
 from hermes_dist.parallel.engine import Engine
+from hermes_dist.parallel.lamb import Lamb
 from hermes_dist.parallel.runtime import Runtime
 from tests.multiproc import toy
 from tests.parallel.conftest import make_config, make_engine, train_steps
@@ -45,6 +46,26 @@ def test_a_bad_loss_is_skipped_even_where_its_gradient_is_finite(stage: int, run
     assert all(torch.equal(v, before[n]) for n, v in engine.gather_weights(averaged=False).items())
     assert (engine.steps, engine.skipped_steps) == (1, 1)
     assert not engine.step(batches, toy.make_loss(6), lr=0.1).skipped
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_vectors_without_decay_and_a_limit_of_the_ratios(stage: int, runtime: Runtime) -> None:
+    options = {"weight_decay": 0.1, "decay_exclude": "vectors", "max_trust_ratio": 0.5}
+    engine = make_engine(runtime, stage, optimizer=options)
+    train_steps(engine, 0, 2)
+    optimizer = engine.optimizer
+    assert isinstance(optimizer, Lamb)
+    assert optimizer.ratios is not None
+    ratio_of = dict(zip(engine.partition.trainable_names, optimizer.ratios.tolist(), strict=True))
+    vectors = {name for name in ratio_of if len(engine.partition.shapes[name]) <= 1}
+    assert vectors
+    assert {ratio_of[name] for name in vectors} == {1.0}
+    assert max(ratio_of[name] for name in ratio_of.keys() - vectors) == 0.5
+
+
+def test_options_of_lamb_are_refused_elsewhere(runtime: Runtime) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.max_trust_ratio .* lamb"):
+        make_engine(runtime, optimizer={"name": "adamw", "max_trust_ratio": 10.0})
 
 
 def test_parts_of_a_step_are_timed(runtime: Runtime) -> None:
