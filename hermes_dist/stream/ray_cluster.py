@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
+import subprocess
 import tempfile
 import threading
 import time
@@ -24,10 +24,12 @@ import ray
 
 from hermes_dist.config import StreamConfig
 from hermes_dist.errors import ConfigError, StreamError, WaitTimeoutError
+from hermes_dist.stream import ray_reaper
 
 START_LIMIT_S = 120.0
 LEAVE_LIMIT_S = 20.0
 JOIN_GRACE_S = 2.0
+REAP_LIMIT_S = 20.0
 PATIENT = {"health_check_timeout_ms": 60_000, "health_check_failure_threshold": 10}
 """Ray's own limits (10 s, five times) end a raylet on a host whose cores are busy, and its drivers with it, without a word."""
 MAX_TEMP_CHARS = 40
@@ -62,6 +64,7 @@ class Cluster:
         quiet_ray()
         self._mark: Path | None = None
         self._home: Path | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._siblings = range(0)
         self._connected = not ray.is_initialized()
         if not self._connected:
@@ -71,6 +74,7 @@ class Cluster:
         elif local_rank == 0:
             self._home = _new_home()
             self._siblings = range(1, local_world_size)
+            self._reaper = ray_reaper.start(self._home, rendezvous_path())
             _announce(self._home, _start(config, self._home, local_world_size))
         else:
             found = _await_cluster(abandoned)
@@ -89,10 +93,11 @@ class Cluster:
             ray.shutdown()
         if self._mark is not None:
             _write_atomically(self._mark, {"left": True})
-        if self._home is not None:
-            rendezvous_path().unlink(missing_ok=True)
-            shutil.rmtree(self._home, ignore_errors=True)
-        self._connected, self._mark, self._home = False, None, None
+        if self._reaper is not None:
+            assert self._reaper.stdin is not None
+            self._reaper.stdin.close()
+            self._reaper.wait(timeout=REAP_LIMIT_S)
+        self._connected, self._mark, self._home, self._reaper = False, None, None, None
 
 
 def local_place(rank: int, world_size: int) -> tuple[int, int]:
@@ -124,12 +129,15 @@ def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
         "_temp_dir": str(home),
         "_system_config": dict(PATIENT),
     }
+    os.environ[ray_reaper.MARK] = str(home)  # inherited by all processes of the cluster
     try:
         ray.init(address="local", **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise StreamError(
             f"Ray did not start: {error}; look into {home}, or set stream.backend=inline to read in the training process"
         ) from error
+    finally:
+        del os.environ[ray_reaper.MARK]
     return str(ray.get_runtime_context().gcs_address)
 
 

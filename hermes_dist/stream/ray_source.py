@@ -56,8 +56,8 @@ _readers: dict[str, Reader] = {}
 class RaySource:
     """Yields the samples of a sequence of position ranges, in order, read by Ray workers.
 
-    A cluster needs seconds to start. Until its first sample arrives this process reads for itself, so that training begins at
-    once; what Ray then delivers twice is dropped. They are the same samples, whoever reads them.
+    A cluster needs seconds to start, and so does the first pipeline. Meanwhile this process reads for itself, so that training
+    begins at once. They are the same samples, whoever reads them.
 
     Args:
         reader: sent to the workers once.
@@ -72,7 +72,6 @@ class RaySource:
         self._reader = reader
         self._first = next(parts, range(0))
         self._positions = (p for part in parts for p in part)
-        self._first_segment = list(islice(self._positions, FIRST_SEGMENT_ROWS))
         self._place = local_place(rank, world_size)
         self._workers = max(config.workers, config.max_workers or 0)
         self._sample_bytes = int(np.prod(reader.patch)) * 6
@@ -83,7 +82,8 @@ class RaySource:
         self._closed = threading.Event()
         # Linux ends the cluster's processes with the thread that started them: this one, which lives until `close` has ended.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="ray-start")
-        self._started = self._following = self._starter.submit(self._start)
+        self._started = self._starter.submit(self._start)
+        self._following: Future[tuple[int, Iterator[Any]] | None] = Future()
 
     def __iter__(self) -> Generator[Sample]:
         yield from read_run(self._reader, self._first)
@@ -93,21 +93,25 @@ class RaySource:
             raise StreamError(f"Ray failed: {error}; see its logs, or set stream.backend=inline") from error
 
     def _from_workers(self) -> Generator[Sample]:
-        done = 0
-        for position in self._first_segment if READ_WHILE_STARTING else ():
-            if self._started.done():
-                break
-            yield from read_run(self._reader, range(position, position + 1))
-            done += 1
-        current = self._started.result()
-        while current is not None:
+        early = 4 * ROWS_PER_TASK * self._workers
+        here: list[int] = []
+        if READ_WHILE_STARTING:
+            while not self._started.done() and (position := next(self._positions, None)) is not None:
+                yield self._read(position)
+            here = list(islice(self._positions, max(early, self._config.prefetch)))
+        self._started.result()
+        self._following = self._starter.submit(self._open, FIRST_SEGMENT_ROWS)
+        yield from map(self._read, here)  # while the first pipeline starts
+        while (current := self._following.result()) is not None:
             rows, blocks = current
-            early = min(rows // 2, 4 * ROWS_PER_TASK * self._workers)
             samples = (sample for block in blocks for sample in decode_block(block))
-            yield from islice(samples, done, max(rows - early, done))
+            yield from islice(samples, rows - min(rows // 2, early))
             self._following = self._starter.submit(self._open, SEGMENT_ROWS)
             yield from samples
-            current, done = self._following.result(), 0
+
+    def _read(self, position: int) -> Sample:
+        """One sample, read in this process."""
+        return next(read_run(self._reader, range(position, position + 1)))
 
     def augment_on_device(self) -> None:
         """From the next pipeline on leave the augmentation to the training device."""
@@ -147,22 +151,20 @@ class RaySource:
 
     def _leave(self) -> None:
         """Drop the pipelines that nobody read, then the cluster. Runs after all that was asked of the starter's thread."""
-        self._started = self._following = Future()
+        self._following = Future()
         with self._lock:
             cluster, self._cluster, self._reader_ref = self._cluster, None, None
         if cluster is not None:
             cluster.close()
 
-    def _start(self) -> tuple[int, Iterator[Any]] | None:
-        """Start or join the cluster, send it the reader, and open the first pipeline. Runs beside the first step."""
+    def _start(self) -> None:
+        """Start or join the cluster, and send it the reader. Runs beside the first steps."""
         local_rank, local_world_size = self._place
         cluster = Cluster(self._config, local_rank=local_rank, local_world_size=local_world_size, abandoned=self._closed)
         with self._lock:
             self._cluster = cluster
-            if self._closed.is_set():
-                return None
-            self._reader_ref = self._send_reader()
-        return self._run(self._first_segment)
+            if not self._closed.is_set():
+                self._reader_ref = self._send_reader()
 
     def _send_reader(self) -> Any:
         sent = copy.copy(self._reader)
@@ -171,11 +173,12 @@ class RaySource:
         return ray.put(sent)
 
     def _open(self, rows: int) -> tuple[int, Iterator[Any]] | None:
-        """Start a pipeline over the next `rows` positions."""
-        return self._run(list(islice(self._positions, rows)))
+        """Start a pipeline over the next `rows` positions, and wait for its first block.
 
-    def _run(self, positions: list[int]) -> tuple[int, Iterator[Any]] | None:
-        """Start a pipeline and wait for its first block. Returns (samples, blocks), or None without positions."""
+        Returns:
+            (samples, blocks); None where no position is left, or nobody needs more.
+        """
+        positions = list(islice(self._positions, rows))
         if not positions or self._closed.is_set():
             return None
         tasks = list(_runs(positions))

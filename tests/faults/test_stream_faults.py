@@ -120,9 +120,6 @@ def zarr_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.multiproc
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="open: the test process twice ended silently, exit code 1, around these tests; cause not found (issue 5)", run=False
-)
 def test_workers_that_die_cost_no_sample(cluster: None, zarr_store: Path) -> None:
     """Chaos kills the worker process (SIGKILL) at about a tenth of the samples, once each; Ray reads them again."""
     common: dict[str, Any] = {"train__max_steps": 10, "run__seed": 3}
@@ -132,9 +129,6 @@ def test_workers_that_die_cost_no_sample(cluster: None, zarr_store: Path) -> Non
 
 @pytest.mark.multiproc
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="open: the test process twice ended silently, exit code 1, around these tests; cause not found (issue 5)", run=False
-)
 def test_a_worker_killed_from_outside_costs_no_sample(cluster: None, zarr_store: Path) -> None:
     config = make_config(
         train__max_steps=30, stream__backend="ray", stream__workers=2, stream__faults={"chaos": {"slow_s": 0.01}}
@@ -158,9 +152,6 @@ def _kill_a_worker_at_step(config: Config, path: Path, step: int) -> list[StepBa
 
 @pytest.mark.multiproc
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="open: the test process twice ended silently, exit code 1, around these tests; cause not found (issue 5)", run=False
-)
 def test_errors_of_workers_arrive_as_themselves(cluster: None, zarr_store: Path) -> None:
     faults = {"chaos": {"corrupt": 1.0}, "max_quarantined": 2}
     config = make_config(stream__backend="ray", stream__workers=1, stream__faults=faults)

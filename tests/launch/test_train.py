@@ -75,7 +75,6 @@ def one_process(store, tmp_path_factory) -> Path:
         pytest.param(
             ["deepspeed", "--num_accelerators", "2", "--master_port", "PORT"],
             ["deepspeed.zero_optimization.stage=3", "stream.backend=ray"],
-            marks=pytest.mark.xfail(reason="open: passes by hand, fails under pytest, cause not found (issue 5)", strict=False),
         ),
         (["torchrun", "--standalone", "--nproc-per-node", "2"], ["deepspeed.zero_optimization.stage=0", "stream.backend=inline"]),
     ],

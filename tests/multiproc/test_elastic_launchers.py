@@ -35,12 +35,7 @@ def launch(command: list[str], run_dir: Path, **env: str) -> subprocess.Complete
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(
-            "torchrun",
-            marks=pytest.mark.xfail(
-                reason="open: gloo refuses the connection when torchrun restarts the ranks (issue 6)", strict=False
-            ),
-        ),
+        "torchrun",
         "deepspeed",
     ],
 )

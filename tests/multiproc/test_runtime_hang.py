@@ -13,7 +13,6 @@ TRAIN = "tests.multiproc.train_worker"
 
 
 @pytest.mark.multiproc
-@pytest.mark.xfail(reason="open: fails, cause not looked into (issue 6)", strict=False)
 def test_a_collective_that_nobody_joins_ends_with_names(tmp_path: Path) -> None:
     options = {"hang": [1, 2, "hung"], "limit_s": 8, "save_every": 1000}
     waiting, hanging = start_ranks(TRAIN, [str(tmp_path), "5", json.dumps(options)], 2)

@@ -118,9 +118,6 @@ def test_training_does_not_wait_for_ray_to_start(cluster: None, stores: dict[str
     assert real_samples(steps(bridged, stores["zarr"])) == real_samples(steps(inline, stores["zarr"]))
 
 
-@pytest.mark.xfail(
-    reason="open: the cluster shared by two ranks does not always end in time on two busy cores (issue 5)", run=False
-)
 def test_ranks_share_a_cluster_and_leave_nothing(program: Path, stores: dict[str, Path]) -> None:
     began = time.time() - 1
     processes = run_ranks(program, config_data(stream__backend="ray", train__max_steps=10), stores["zarr"], world=2)
@@ -135,9 +132,6 @@ def test_ranks_share_a_cluster_and_leave_nothing(program: Path, stores: dict[str
 
 
 @pytest.mark.faults
-@pytest.mark.xfail(
-    reason="open: the cluster shared by two ranks does not always end in time on two busy cores (issue 5)", run=False
-)
 def test_nothing_survives_a_killed_rank(program: Path, stores: dict[str, Path]) -> None:
     began = time.time() - 1
     (process,) = run_ranks(program, config_data(stream__backend="ray", train__max_steps=100_000), stores["zarr"], world=1)
