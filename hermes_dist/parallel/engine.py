@@ -7,14 +7,18 @@ micro-batches: DeepSpeed's averaging is undone. A step whose loss or gradient is
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hermes_dist.config import Config
@@ -71,7 +75,7 @@ class Engine:
         shapes = {name: p.shape for name, p in model.named_parameters()}
         self._base = make_optimizer([p for p in model.parameters() if p.requires_grad], config, shapes)
         wrapped = _LossModule(model, runtime.device.type, bf16=config.train.precision == "bf16", cache=self.stage < 3)
-        self._ds = _initialize(wrapped, self._base, ds_config)
+        self._ds = _initialize(wrapped, self._base, ds_config, runtime.limit_s)
         self._clock = StepClock(runtime.device)
         # What the backward pass could not hide: the reduction that is left when it ends.
         self._ds.allreduce_gradients = self._clock.measured("communication", self._ds.allreduce_gradients)
@@ -221,7 +225,18 @@ def make_optimizer(params: Sequence[Tensor], config: Config, shapes: Mapping[str
     )
 
 
-def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any]) -> Any:
+@contextmanager
+def _group_limit(limit_s: float) -> Generator[None]:
+    """Process groups made inside get our time limit. DeepSpeed clones the world's group and cannot be told one (30 minutes)."""
+    plain = dist.new_group
+    dist.new_group = functools.partial(plain, timeout=timedelta(seconds=limit_s))
+    try:
+        yield
+    finally:
+        dist.new_group = plain
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], limit_s: float) -> Any:
     with warnings.catch_warnings():
         # DeepSpeed's import and set-up warn about operators that are not compiled here; we use none of them.
         warnings.simplefilter("ignore")
@@ -231,7 +246,8 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, ds_config: 
         logger = logging.getLogger("DeepSpeed")
         # It warns that it has not tested our optimizer under ZeRO; our tests have.
         logger.setLevel(logging.ERROR)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        with _group_limit(limit_s):
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
         logger.setLevel(logging.WARNING)
     # torch 2.13 renames collectives that DeepSpeed calls in every step; nothing that a person could do about it.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)

@@ -34,7 +34,7 @@ def store(tmp_path_factory) -> Path:
 def overrides(store: Path, out: Path, name: str, *extra: str) -> list[str]:
     return [
         f'data.stores=["{store}"]', f"run.output_dir={out}", f"run.name={name}", f"train.max_steps={STEPS}",
-        "train.micro_batch=1",
+        "train.micro_batch=1", "optimizer.eps=1e-3",
         "checkpoint.every_steps=2", "monitor.prometheus_port=0", "monitor.log_every=1", *extra,
     ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def one_process(store, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("launcher", "extra"),
     [
-        pytest.param(
+        (
             ["deepspeed", "--num_accelerators", "2", "--master_port", "PORT"],
             ["deepspeed.zero_optimization.stage=3", "stream.backend=ray"],
         ),
@@ -86,12 +86,9 @@ def test_launchers_stages_and_backends_change_who_computes_never_what(store, one
     assert done.returncode == 0, done.stderr[-4000:]
     expected, found = metrics(one_process, "one"), metrics(tmp_path, "two")
     assert [r["order_hash"] for r in found] == [r["order_hash"] for r in expected]
-    # Sums over ranks round in another order; Adam turns that into 1e-4 of the loss within four steps of an untrained net.
-    for key, rel in {"loss": 5e-4, "loss_bce": 5e-4, "loss_dice": 5e-4, "loss_modality": 5e-4, "grad_norm": 5e-3}.items():
-        assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=rel), key
-    assert [found[0][k] for k in ("loss", "grad_norm")] == pytest.approx(
-        [expected[0][k] for k in ("loss", "grad_norm")], rel=1e-5
-    )
+    # A small eps makes Adam follow the signs of gradients near zero, that is, rounding: 1e-3 (above) leaves rounding small.
+    for key in ("loss", "loss_bce", "loss_dice", "loss_modality", "grad_norm"):
+        assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=1e-5), key
     assert sum(r["position"] for r in found) == sum(4 * (s + 1) for s in range(STEPS))
 
 
