@@ -21,6 +21,7 @@ import torch.distributed as dist
 from hermes_dist.config import Config
 from hermes_dist.errors import UsageError, WaitTimeoutError
 from hermes_dist.parallel.launchers import Place, read_place
+from hermes_dist.parallel.meeting import agent_store
 from hermes_dist.parallel.watchdog import Watchdog
 
 EXIT_REQUEUE = 75
@@ -213,7 +214,9 @@ def _join(place: Place, device: torch.device, limit_s: float) -> None:
         # All ranks are on this host: do not depend on how its name resolves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        restarts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = agent_store(address, port, place.rank, place.world_size, limit_s) if restarts else None
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise WaitTimeoutError(
             f"rank {place.rank} of {place.world_size} could not meet the others at {address}:{port} in {limit_s:.0f} s: {error}. "
