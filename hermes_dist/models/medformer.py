@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from hermes_dist.errors import ModelError
 from hermes_dist.models.attention import HEAD_WIDTH, AttentionKind, FeedForward, attend
+from hermes_dist.models.convolution import Conv3d
 from hermes_dist.models.instance_norm import instance_norm
 from hermes_dist.models.residual import channels_last
 from hermes_dist.models.resunet import NO_TOKENS, WIDTHS, BackboneOutput, Fusion, ResidualBlock, Stage, Stem
@@ -43,7 +44,7 @@ class DepthwiseSeparable(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.depthwise = nn.Conv3d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
-        self.pointwise = nn.Conv3d(in_channels, out_channels, 1, bias=False)
+        self.pointwise = Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Float[Tensor, "B I Z Y X"]) -> Float[Tensor, "B O Z Y X"]:
         """Same grid."""
@@ -70,8 +71,8 @@ class MapGeneration(nn.Module):
 
     def __init__(self, channels: int, n_tokens: int) -> None:
         super().__init__()
-        self.base_proj = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
-        self.semantic_proj = nn.Conv3d(channels, n_tokens, 3, padding=1, bias=False)
+        self.base_proj = Conv3d(channels, channels, 3)
+        self.semantic_proj = Conv3d(channels, n_tokens, 3)
 
     def forward(self, x: Float[Tensor, "B C Z Y X"]) -> Float[Tensor, "B K C"]:
         """Map tokens."""
@@ -122,11 +123,11 @@ class MBConv(nn.Module):
     def __init__(self, channels: int, expansion: int = 4) -> None:
         super().__init__()
         wide = expansion * channels
-        self.expand_proj = nn.Conv3d(channels, wide, 1, bias=False)
+        self.expand_proj = Conv3d(channels, wide, 1)
         self.depthwise = nn.Conv3d(wide, wide, 3, padding=1, groups=wide, bias=False)
         self.squeeze = nn.Linear(wide, wide // 4)
         self.excite = nn.Linear(wide // 4, wide)
-        self.pointwise = nn.Conv3d(wide, channels, 1, bias=False)
+        self.pointwise = Conv3d(wide, channels, 1)
 
     def forward(self, x: Float[Tensor, "B C Z Y X"]) -> Float[Tensor, "B C Z Y X"]:
         """The update, without the residual."""
@@ -143,7 +144,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm_tokens = nn.LayerNorm(channels)
         self.attention = BidirectionalAttention(in_channels, channels, project_tokens=project_tokens, fusion=fusion)
-        self.shortcut = nn.Conv3d(in_channels, channels, 1, bias=False) if in_channels != channels else None
+        self.shortcut = Conv3d(in_channels, channels, 1) if in_channels != channels else None
         self.feedforward = MBConv(channels)
 
     def forward(

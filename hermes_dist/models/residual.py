@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional
 
+from hermes_dist.models.convolution import conv, conv_backward
 from hermes_dist.models.instance_norm import Statistics, map_of, normalise, normalise_again, nr_backward, rows_of
 
 _aten = torch.ops.aten
@@ -57,18 +58,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _conv(a: Tensor, weight: Tensor) -> Tensor:
-    return functional.conv3d(a, weight.to(a.dtype), padding=weight.shape[-1] // 2)
-
-
-def _conv_backward(g: Tensor, a: Tensor, weight: Tensor, want: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
-    pad = [weight.shape[-1] // 2] * 3
-    ga, gw, _ = _aten.convolution_backward(
-        g, a, weight.to(a.dtype), None, [1] * 3, pad, [1] * 3, False, [0] * 3, 1, [want[0], want[1], False]
-    )
-    return ga, gw
-
-
 def _full_map(part: _Part) -> Tensor:
     return part.values if part.upsample_to is None else upsample(part.values, part.upsample_to)
 
@@ -83,7 +72,7 @@ def _first_half(parts: Sequence[_Part], weights: Sequence[Tensor], dtype: torch.
         a, stats = _nr(x, dtype)
         statistics.append(stats)
         stop = start + x.shape[1]
-        results = [_conv(a, w[:, start:stop]) for w in weights]
+        results = [conv(a, w[:, start:stop]) for w in weights]
         sums = [s.add_(r) for s, r in zip(sums, results, strict=True)] if sums else results
         start = stop
     return sums, statistics
@@ -103,7 +92,7 @@ def _conv_unit_backward(
     ga: Tensor | None = None
     gws: list[Tensor | None] = []
     for weight, g, want_weight in zip(weights, grads, wants[1:], strict=True):
-        piece, gw = _conv_backward(g, a, weight, (wants[0], want_weight))
+        piece, gw = conv_backward(g, a, weight, (wants[0], want_weight))
         gws.append(gw)
         if piece is not None:
             ga = piece if ga is None else ga.add_(piece)
@@ -137,7 +126,7 @@ class _ResidualBlock(Function):
             firsts, statistics = _first_half(parts, [w1] if shortcut is None else [w1, shortcut], dtype)
             h = firsts[0]
             a, h_stats = _nr(h, dtype)
-            out = _conv(a, w2)
+            out = conv(a, w2)
             out = out.add_(values[0] if shortcut is None else firsts[1])
         flat = [t for s in [*statistics, h_stats] for t in s]
         ctx.save_for_backward(*values, w1, w2, shortcut, None if recompute else h, *flat)

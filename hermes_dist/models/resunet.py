@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from hermes_dist.errors import ModelError
 from hermes_dist.models.attention import AttentionKind, FusionBlock, FusionLayer
+from hermes_dist.models.convolution import Conv3d
 from hermes_dist.models.residual import channels_last, residual_block
 
 WIDTHS = (1, 2, 4, 8, 10)
@@ -98,7 +99,7 @@ class Stem(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(1, channels, 3, padding=1, bias=False)
+        self.conv = Conv3d(1, channels, 3)
         self.block = ResidualBlock(channels, channels)
 
     def forward(self, image: Float[Tensor, "B 1 Z Y X"]) -> Float[Tensor, "B C Z Y X"]:
