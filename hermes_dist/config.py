@@ -214,7 +214,7 @@ class TrainConfig(Section):
     max_steps: int = Field(default=80_000, ge=1)
     """Steps of the whole training (the schedule's length)."""
     precision: Precision = "fp32"
-    """`bf16` keeps fp32 master weights."""
+    """`bf16` keeps fp32 master weights; a device without bf16 arithmetic computes in fp32, and says so."""
     activation_checkpointing: Literal["none", "blocks", "full", "selective"] = "none"
     """What is recomputed in the backward pass."""
     offload_activations: bool = False

@@ -28,7 +28,7 @@ from hermes_dist.parallel.ema import Ema
 from hermes_dist.parallel.lamb import Lamb
 from hermes_dist.parallel.partition import Partition, describe_partition
 from hermes_dist.parallel.runtime import Runtime
-from hermes_dist.parallel.selfcheck import check_conv3d
+from hermes_dist.parallel.selfcheck import check_conv3d, has_fast_bf16
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -65,16 +65,23 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime) -> None:
-        """Raises ConfigError where the `deepspeed` section contradicts the others (see ds_config)."""
+        """Raises ConfigError where the `deepspeed` section contradicts the others (see ds_config).
+
+        On a device without bf16 arithmetic bf16 becomes fp32, and says so.
+        """
         ds_config = build_ds_config(config, runtime.world_size)
-        if config.train.precision == "bf16" or runtime.device.type == "cuda":
+        bf16 = config.train.precision == "bf16"
+        if bf16 and not has_fast_bf16(runtime.device):
+            runtime.say(f"train.precision=bf16: this {runtime.device.type} has no bf16 arithmetic; computing in fp32")
+            bf16 = False
+        if bf16 or runtime.device.type == "cuda":
             for warning in check_conv3d(runtime.device):
                 runtime.say(f"warning: {warning}")
         self.config, self.runtime, self.stage = config, runtime, zero_stage(config)
         model.to(runtime.device)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         self._base = make_optimizer([p for p in model.parameters() if p.requires_grad], config, shapes)
-        wrapped = _LossModule(model, runtime.device.type, bf16=config.train.precision == "bf16", cache=self.stage < 3)
+        wrapped = _LossModule(model, runtime.device.type, bf16=bf16, cache=self.stage < 3)
         self._ds = _initialize(wrapped, self._base, ds_config, runtime.limit_s)
         self._clock = StepClock(runtime.device)
         # What the backward pass could not hide: the reduction that is left when it ends.

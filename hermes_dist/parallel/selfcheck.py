@@ -14,6 +14,13 @@ TOLERANCE = 0.03
 """Largest relative error of bf16 against fp32, output and gradient: rounding of 27·8 products gives about 0.005."""
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Can this device compute in bf16? A CPU without AVX-512 emulates it: conv3d then takes hundreds of times as long as in fp32."""
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cuda.is_bf16_supported()
+
+
 def check_conv3d(device: torch.device) -> list[str]:
     """Warnings for a person, each with the library versions; empty if all is well."""
     versions = f"torch {torch.__version__}"

@@ -13,7 +13,9 @@ from hermes_dist.models.convolution import Conv3d, avoids_onednn, conv, conv_bac
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("channels", [(1, 8), (16, 8), (96, 4)])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_equals_torch_in_double_precision(batch: int, channels: tuple[int, int], kernel: int, sides: tuple[int, int, int]) -> None:
+def test_equals_torch_in_double_precision(
+    batch: int, channels: tuple[int, int], kernel: int, sides: tuple[int, int, int]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, channels[0], *sides, generator=generator).contiguous(memory_format=torch.channels_last_3d)
     module = Conv3d(*channels, kernel)

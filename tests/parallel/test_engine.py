@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hermes_dist.errors import ConfigError
+from hermes_dist.parallel import engine as engine_module
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.lamb import Lamb
 from hermes_dist.parallel.runtime import Runtime
@@ -14,6 +15,22 @@ from tests.multiproc import toy
 from tests.parallel.conftest import make_config, make_engine, train_steps
 
 
+@pytest.fixture
+def emulated_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 wherever it is asked for: the toy model is small enough for a CPU that has to emulate it."""
+    monkeypatch.setattr(engine_module, "has_fast_bf16", lambda _: True)
+
+
+def test_without_bf16_arithmetic_fp32_is_used_and_said(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine_module, "has_fast_bf16", lambda _: False)
+    low, full = make_engine(runtime, train={"precision": "bf16"}), make_engine(runtime)
+    assert train_steps(low, 0, 2) == train_steps(full, 0, 2)
+    assert "train.precision=bf16: this cpu has no bf16 arithmetic; computing in fp32" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("emulated_bf16")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_computes_in_bf16_and_keeps_fp32_masters(stage: int, runtime: Runtime) -> None:
     seen: list[torch.dtype] = []
@@ -26,6 +43,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_masters(stage: int, runtime: Runti
     np.testing.assert_allclose(losses, train_steps(full, 0, 4), rtol=0.02)
 
 
+@pytest.mark.usefixtures("emulated_bf16")
 def test_unlike_bf16_weights_small_updates_are_not_lost(runtime: Runtime) -> None:
     engine = make_engine(runtime, train={"precision": "bf16"})
     before = engine.gather_weights(averaged=False)["tasks"]
