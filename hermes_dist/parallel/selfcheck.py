@@ -15,7 +15,7 @@ TOLERANCE = 0.03
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Can this device compute in bf16? A CPU without AVX-512 emulates it: conv3d then takes hundreds of times as long as in fp32."""
+    """Can this device compute in bf16? A CPU without AVX-512 emulates it: conv3d takes hundreds of times as long as in fp32."""
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.cuda.is_bf16_supported()
