@@ -20,9 +20,9 @@ setup: .venv/.ready
 demo: setup
 	$(PY) launch/demo.py --seed $(SEED) $(if $(DATA),--data $(DATA))
 
-# Four processes: the fast part, launchers and ranks, injected faults, and Ray alone in a process of its own.
+# Four commands: the fast part on two cores, launchers and ranks, injected faults, and Ray alone in a process of its own.
 test: setup
-	$(PY) -m pytest -m "not bench and not gpu and not multiproc and not faults and not slow"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not bench and not gpu and not multiproc and not faults and not slow"
 	$(PY) -m pytest -m "(multiproc or slow) and not faults and not bench and not gpu" --ignore tests/multiproc/test_stream_ray.py
 	$(PY) -m pytest -m "faults and not bench and not gpu" --ignore tests/multiproc/test_stream_ray.py
 	$(PY) -m pytest tests/multiproc/test_stream_ray.py
