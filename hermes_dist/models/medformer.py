@@ -16,9 +16,8 @@ from torch.nn import functional
 
 from hermes_dist.errors import ModelError
 from hermes_dist.models.attention import HEAD_WIDTH, AttentionKind, FeedForward, attend
-from hermes_dist.models.convolution import Conv3d
+from hermes_dist.models.convolution import Conv3d, channels_last
 from hermes_dist.models.instance_norm import instance_norm
-from hermes_dist.models.residual import channels_last
 from hermes_dist.models.resunet import NO_TOKENS, WIDTHS, BackboneOutput, Fusion, ResidualBlock, Stage, Stem
 
 MAP_TOKENS = 64

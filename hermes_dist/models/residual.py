@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional
 
-from hermes_dist.models.convolution import conv, conv_backward
+from hermes_dist.models.convolution import channels_last, conv, conv_backward
 from hermes_dist.models.instance_norm import Statistics, map_of, normalise, normalise_again, nr_backward, rows_of
 
 _aten = torch.ops.aten
@@ -38,11 +38,6 @@ class _Part(NamedTuple):
 
     values: Tensor
     upsample_to: Triple | None
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The same values with the channel axis innermost in memory."""
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def upsample(x: Float[Tensor, "B C z y x"], grid_vox_zyx: Sequence[int]) -> Float[Tensor, "B C Z Y X"]:

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from hermes_dist.errors import ModelError
 from hermes_dist.models.attention import AttentionKind, FusionBlock, FusionLayer
-from hermes_dist.models.convolution import Conv3d
-from hermes_dist.models.residual import channels_last, residual_block
+from hermes_dist.models.convolution import Conv3d, channels_last
+from hermes_dist.models.residual import residual_block
 
 WIDTHS = (1, 2, 4, 8, 10)
 """Channels of the stem and the four encoder stages, in units of the base width."""
