@@ -11,9 +11,17 @@ import math
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from hermes_dist.config import Vox3
+
+
+def _onednn_flops(x: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object) -> int:
+    return conv_flop_count(x, weight, out_shape)
+
+
+UNKNOWN = {torch.ops.aten.mkldnn_convolution: _onednn_flops}
+"""Operators of the models that the counter does not know."""
 
 
 def counted_flops(model: nn.Module, patch_vox_zyx: Vox3, columns: int, *, training: bool = True) -> int:
@@ -22,7 +30,7 @@ def counted_flops(model: nn.Module, patch_vox_zyx: Vox3, columns: int, *, traini
     image = torch.zeros(1, 1, *patch_vox_zyx, device=device)
     task_ids = torch.arange(columns, device=device)[None]
     modality_ids = torch.zeros(1, dtype=torch.int64, device=device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
         output = model(image, task_ids, modality_ids)
         if training:
             parts = [output.mask_logits, output.aux_logits, output.modality_logits]

@@ -42,7 +42,7 @@ def sweep_of(folder: Path, **changes: Any) -> SweepConfig:
         "base": "demo.json",
         "output_dir": str(folder),
         "grid": grid,
-        "overrides": {"train.max_steps": 50},
+        "overrides": {"train.max_steps": 50, "train.global_batch": 4},
         **changes,
     }
     return SweepConfig.model_validate(data)
