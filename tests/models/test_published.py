@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from hermes_dist.models.published import from_state_dict, rename
 from hermes_dist.seg.losses import pair_losses
+from tests.bench.model_baseline import BaselineHermesR
 
 # Norms over 8 or 12 voxels at 16x make some gradients ill-conditioned: the float32 reference is itself up to 1.6e-3 (R) and
 # 6.8e-3 (M) away from the same model in float64. Some norms are zero in exact arithmetic (abs=1e-6).
@@ -53,3 +54,20 @@ def test_reference_vectors(vector: Any) -> None:
             grad = torch.cat([grad, null])
         expected = facts["grad_norms"][published]
         assert float(grad.norm()) == pytest.approx(expected, rel=GRADIENT_TOLERANCE[facts["model"]], abs=1e-6), published
+
+
+@pytest.mark.parametrize("vector", ["hermes_r_b16"], indirect=True)
+def test_a_plain_implementation_meets_the_gradient_norms_of_hermes_r(vector: Any) -> None:
+    """It rounds as the reference does: 1e-5. So the vector is understood, and what the fused model misses is rounding."""
+    rows = vector.state["prior_init_fuse_2.task_prior"].shape[0]
+    null_ids = torch.where(vector.task_ids < 0, rows - 1, vector.task_ids)
+    plain = BaselineHermesR(16, rows, vector.state["prior_init_fuse_2.modality_prior"].shape[0])
+    plain.load_state_dict(vector.state)
+    logits, modality = plain(vector.image, null_ids, vector.modality_ids)
+    bce, tversky = pair_losses(logits, vector.labels, overlap="tversky")
+    valid = vector.task_ids >= 0
+    total = bce[valid].mean() + tversky[valid].mean() + 0.01 * functional.cross_entropy(modality, vector.modality_ids)
+    total.backward()
+    for name, parameter in plain.named_parameters():
+        assert parameter.grad is not None
+        assert float(parameter.grad.norm()) == pytest.approx(vector.facts["grad_norms"][name], rel=1e-5, abs=1e-6), name
