@@ -34,7 +34,7 @@ def store(tmp_path_factory) -> Path:
 def overrides(store: Path, out: Path, name: str, *extra: str) -> list[str]:
     return [
         f'data.stores=["{store}"]', f"run.output_dir={out}", f"run.name={name}", f"train.max_steps={STEPS}",
-        "train.micro_batch=1", "optimizer.eps=1e-3",
+        "train.global_batch=4", "train.micro_batch=1", "optimizer.eps=1e-3",
         "checkpoint.every_steps=2", "monitor.prometheus_port=0", "monitor.log_every=1", *extra,
     ]  # fmt: skip
 
