@@ -86,9 +86,12 @@ def test_launchers_stages_and_backends_change_who_computes_never_what(store, one
     assert done.returncode == 0, done.stderr[-4000:]
     expected, found = metrics(one_process, "one"), metrics(tmp_path, "two")
     assert [r["order_hash"] for r in found] == [r["order_hash"] for r in expected]
-    # A small eps makes Adam follow the signs of gradients near zero, that is, rounding: 1e-3 (above) leaves rounding small.
+    # Sums over ranks round in another order. With eps 1e-3 (a small one makes Adam follow the signs of gradients near zero)
+    # two steps agree to 1e-5, update included; an untrained net then multiplies rounding by about ten a step.
     for key in ("loss", "loss_bce", "loss_dice", "loss_modality", "grad_norm"):
-        assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=1e-5), key
+        pairs = [(r[key], e[key]) for r, e in zip(found, expected, strict=True)]
+        assert all(r == pytest.approx(e, rel=1e-5) for r, e in pairs[:2]), (key, pairs)
+        assert all(r == pytest.approx(e, rel=5e-3 if key == "grad_norm" else 1e-3) for r, e in pairs[2:]), (key, pairs)
     assert sum(r["position"] for r in found) == sum(4 * (s + 1) for s in range(STEPS))
 
 
