@@ -218,12 +218,15 @@ class LocalStorage:
                 return
 
     def sweep(self) -> None:
-        """See `Storage.sweep`."""
-        for folder, _, names in os.walk(self._root):
+        """See `Storage.sweep`. Folders that are or become empty go too."""
+        for folder, _, names in os.walk(self._root, topdown=False):
             for name in names:
                 if re.search(r"\.[0-9a-f]{32}\.tmp$", name):
                     with suppress(OSError):
                         os.unlink(os.path.join(folder, name))
+            if Path(folder) != Path(self._root):
+                with suppress(OSError):  # only an empty folder can be removed
+                    os.rmdir(folder)
 
 
 def _sync_folder(folder: str) -> None:
