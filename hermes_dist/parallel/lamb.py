@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hermes_dist.parallel.partition import FlatBuffer, Partition, Segment
 
+_RUN = 1 << 12
 _CHUNK_CPU = 1 << 18
 """Elements per piece on CPU: one piece's gradient, moments and weights (4 MiB) stay in the cache through all operations."""
 
@@ -146,8 +147,21 @@ class Lamb(torch.optim.Optimizer):
 
 
 def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """L2 norms, in one kernel on CUDA (torch's own gradient clipping calls the same function)."""
-    return torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateUsage]
+    """L2 norms, in one kernel on CUDA (torch's own gradient clipping calls the same function).
+
+    On a CPU torch adds squares up in long float32 runs. In the first steps all entries of an update are near ±1, equal squares
+    round the same way, and the norm is off by 5e-5: here the runs are short, and their sums are added in float64.
+    """
+    if tensors and tensors[0].device.type == "cuda":
+        return torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateUsage]
+    return [_norm(tensor) for tensor in tensors]
+
+
+def _norm(flat: Tensor) -> Tensor:
+    rows = flat.numel() // _RUN
+    whole, rest = flat[: rows * _RUN].view(rows, _RUN), flat[rows * _RUN :]
+    squares = torch.linalg.vector_norm(whole, dim=1).double().square().sum()
+    return (squares + torch.linalg.vector_norm(rest).double().square()).sqrt()
 
 
 def _pieces(tensor: Tensor, start: int = 0) -> list[tuple[int, int]]:
