@@ -21,8 +21,7 @@ _aten = torch.ops.aten
 _SMALL = 20_480
 """Limit of torch's rule: samples x channels x depth x height."""
 _FEW_VOXELS = 512
-_MANY_CHANNELS = 80
-"""Where im2col wins: forward on fewer voxels, backward also with more channels."""
+"""On fewer voxels im2col wins."""
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ def conv_backward(
     g: Float[Tensor, "B O Z Y X"], a: Float[Tensor, "B I Z Y X"], weight: Float[Tensor, "O I k k k"], want: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `a` and of the weight, each where wanted."""
-    if avoids_onednn(a) and a.shape[1] <= _MANY_CHANNELS and a.shape[2] % 2 == 0:
+    if avoids_onednn(a) and a.shape[2] % 2 == 0:
         ga = _data_gradient(g, weight.to(g.dtype)) if want[0] else None
         return ga, _weight_gradient(g, a, weight) if want[1] else None
     ga, gw, _ = _backward(g, a, weight, [weight.shape[-1] // 2] * 3, want)

@@ -48,7 +48,7 @@ CLOSE_LIMIT_S = 60.0
 HUNGRY_PAUSE_S, SATED_PAUSE_S = 0.002, 0.03
 
 READ_WHILE_STARTING = True
-"""Read in the training process until the first sample of a worker arrives (tests switch it off)."""
+"""Read in the training process until Ray has started (tests switch it off)."""
 
 _readers: dict[str, Reader] = {}
 

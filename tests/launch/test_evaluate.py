@@ -82,6 +82,7 @@ def test_a_corrupt_case_ends_with_one(command, run, monkeypatch):
         (["evaluate.overlpa=0.5"], 2, "unknown key 'evaluate.overlpa'. Did you mean 'overlap'"),
         (['data.stores=["nowhere"]'], 1, "nowhere"),
         (["data.stores=[]"], 2, "data.stores is empty"),
+        (["--raw", "no/collection.json"], 1, "no/collection.json"),
     ],
 )
 def test_bad_use(command, run, arguments, code, words):

@@ -32,13 +32,7 @@ def launch(command: list[str], run_dir: Path, **env: str) -> subprocess.Complete
 
 @pytest.mark.multiproc
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        "torchrun",
-        "deepspeed",
-    ],
-)
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_dead_rank_costs_a_restart_and_nothing_else(launcher: str, tmp_path: Path) -> None:
     if launcher == "torchrun":
         command = ["torchrun", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]

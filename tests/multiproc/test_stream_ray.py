@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,8 +147,15 @@ def test_nothing_survives_a_killed_rank(program: Path, stores: dict[str, Path]) 
 
 
 def assert_gone(since: float, limit_s: float = 40) -> None:
-    """All Ray processes that started after `since` end within the limit."""
+    """All Ray processes that started after `since` end within the limit, and their folders and rendezvous files go."""
     deadline = time.monotonic() + limit_s
-    while (left := ray_processes(since)) and time.monotonic() < deadline:
+    while (ray_processes(since) or ray_files(since)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert not left, [" ".join(p.cmdline())[:120] for p in left]
+    assert not [" ".join(p.cmdline())[:120] for p in ray_processes(since)]
+    assert not ray_files(since)
+
+
+def ray_files(since: float) -> list[Path]:
+    """What private clusters keep in the folder for temporary files."""
+    folder = Path(tempfile.gettempdir())
+    return [p for pattern in ("hray-*", "hermes-ray-*") for p in folder.glob(pattern) if p.stat().st_mtime >= since]
