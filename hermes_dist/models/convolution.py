@@ -1,9 +1,9 @@
 """3D convolution of stride 1 with the fast kernels of the device, also for single small maps on a CPU.
 
 For one sample whose channels x depth x height is at most 20,480, torch leaves oneDNN for an im2col kernel: a rule for 2D images.
-On 3D maps that kernel takes 1.3 to 14 times as long forward, and up to 6 times with the backward pass (torch 2.13, 8 to 128
-channels, 8^3 to 32^3 voxels, 1 and 2 threads); only on the deepest maps is it the faster one. So oneDNN is asked for by name. Its
-backward pass has no name: there the two halves of the map become a batch of two, which torch accepts.
+On 3D maps that kernel takes up to ten times as long (torch 2.13, tests/bench/test_model_convolution.py); only on the deepest maps
+is it the faster one. So oneDNN is asked for by name. Its backward pass has no name: there the two halves of the map become a
+batch of two, which torch accepts.
 """
 
 from __future__ import annotations

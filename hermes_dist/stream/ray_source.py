@@ -207,8 +207,8 @@ class RaySource:
 class Pace(ExecutionCallback):
     """Lets Ray's scheduling loop rest between rounds.
 
-    Without it the loop spins in the training process whenever finished samples wait to be taken, which is the normal case
-    (measured with Ray 2.60: 70 % of a core, and the interpreter's lock, beside every rank).
+    Without it the loop spins in the training process whenever finished samples wait to be taken, which is the normal case: with
+    Ray 2.60 most of a core, and the interpreter's lock, beside every rank (tests/bench/test_stream_pace.py).
     """
 
     def on_execution_step(self, executor: Any) -> None:
