@@ -8,6 +8,7 @@ started: the ranks connect to the cluster that is there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -96,7 +97,8 @@ class Cluster:
         if self._reaper is not None:
             assert self._reaper.stdin is not None
             self._reaper.stdin.close()
-            self._reaper.wait(timeout=REAP_LIMIT_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it goes on without us
+                self._reaper.wait(timeout=REAP_LIMIT_S)
         self._connected, self._mark, self._home, self._reaper = False, None, None, None
 
 
