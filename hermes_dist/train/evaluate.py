@@ -10,6 +10,7 @@ worker cannot hang the others. The model is a plain whole copy, also under ZeRO-
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -60,6 +61,18 @@ class Job:
     def out_dir(self) -> Path:
         """`RUN/evaluation`."""
         return self.run_dir / "evaluation"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that determines the results: an evaluation goes on only where one of the same fingerprint stopped."""
+        parts = [
+            self.weights_digest,
+            self.config.evaluate.model_dump(mode="json"),
+            predict.window(self.config),
+            [store.collection.digest for store in self.stores],
+            self.references is not None,
+        ]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ def evaluate(
     """
     rank = runtime.rank if runtime else 0
     cases = find_cases(job)
-    queue = WorkQueue(job.out_dir / f".work-{job.split}-{job.weights_digest}", len(cases))
+    queue = WorkQueue(job.out_dir / f".work-{job.split}-{job.fingerprint}", len(cases))
     if rank == 0:
         queue.prepare()
     if runtime:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from hermes_dist.config import EvaluateConfig
 from hermes_dist.errors import CorruptShardError, TaskError, UsageError
 from hermes_dist.tasks import TaskTable
 from hermes_dist.train import evaluate as ev
@@ -103,6 +105,28 @@ def test_raw_references_are_scored_on_the_original_grid(job):
     assert result is not None
     assert result["policy"]["cases_by_grid"] == {"original": 1, "stored": 3}
     assert result["mean"]["dice"] == 1.0
+
+
+@pytest.mark.parametrize("change", ["grid", "policy", "weights"])
+def test_an_interrupted_evaluation_goes_on_only_as_the_same_one(job, change):
+    """Results that are left from another grid, policy or model are not taken over; those of the same evaluation are."""
+    perfect = {"scores": [s.to_json() for s in ev.score_scan(Oracle(TASKS).eval(), job, ev.find_cases(job)[0])]}
+    queue = WorkQueue(job.out_dir / f".work-test-{job.fingerprint}", 4)
+    queue.prepare()
+    (queue.folder / "000000.json").write_text(json.dumps(perfect))
+    changed = {
+        "grid": replace(job, references=lambda row: None),
+        "policy": replace(job, config=job.config.model_copy(update={"evaluate": EvaluateConfig(overlap=0.25)})),
+        "weights": replace(job, weights_digest="4567"),
+    }[change]
+    wrong = Oracle(TASKS, shift=2).eval()
+    case = ev.find_cases(job)[0].row.case_id
+
+    def dice(of: ev.Job) -> float:
+        return min(c["dice"] for c in ev.evaluate(wrong, of)["cases"] if c["case_id"] == case)
+
+    assert dice(changed) < 1
+    assert dice(job) == 1
 
 
 def test_a_corrupt_case_is_listed_and_the_others_go_on(job, monkeypatch):
