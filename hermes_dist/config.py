@@ -220,7 +220,7 @@ class TrainConfig(Section):
     offload_activations: bool = False
     """Keep saved activations in host memory."""
     compile: bool = False
-    """torch.compile of the model's blocks."""
+    """torch.compile of the attention blocks and token MLPs, at their first call; not with ZeRO stage 3."""
     ema: EmaConfig = EmaConfig()
     """Weight averaging."""
     initial_weights: str | None = None

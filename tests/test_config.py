@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ast
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from hermes_dist import config as config_module
 from hermes_dist.config import Config, find_config, load_config, resolve
 from hermes_dist.errors import ConfigError
 
@@ -56,3 +60,21 @@ def test_a_missing_config_names_both_places(tmp_path):
     assert find_config("large.json", tmp_path) == tmp_path / "large.json"
     with pytest.raises(ConfigError, match="Did you mean 'large.json'"):
         find_config("larg.json", tmp_path)
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _fields(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", name
+
+
+def test_every_setting_has_a_reader() -> None:
+    """A setting that no code reads would be ignored in silence. (config.py itself applies the preset `model.reading`.)"""
+    root = Path(config_module.__file__).parent
+    files = [*root.rglob("*.py"), *(root.parent / "launch").glob("*.py")]
+    trees = [ast.parse(file.read_text()) for file in files if file != Path(config_module.__file__)]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert [dotted for dotted, name in _fields(Config) if name not in read] == ["model.reading"]

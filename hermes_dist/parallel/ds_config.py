@@ -100,6 +100,10 @@ def build_ds_config(config: Config, world_size: int) -> dict[str, Any]:
             raise ConfigError(f"unknown key 'deepspeed.{key}'.{nearest(key, [*PASSED, *STATED])}")
     stage = zero_stage(config)
     _check_zero(section.get("zero_optimization", {}), stage)
+    if config.train.compile and stage == 3:
+        raise ConfigError(
+            "train.compile with ZeRO stage 3: its hooks that gather weights break the compiler; use stage 2 or less"
+        )
     optimizer = config.optimizer
     if optimizer.name != "lamb":
         for key, value, default in (

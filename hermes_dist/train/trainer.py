@@ -12,6 +12,8 @@ import torch
 from hermes_dist.config import Config
 from hermes_dist.errors import CheckpointError, NumericalError
 from hermes_dist.models import build_model
+from hermes_dist.models.checkpointing import apply_activation_checkpointing
+from hermes_dist.models.compilation import compile_blocks
 from hermes_dist.parallel.checkpoint import Checkpointer
 from hermes_dist.parallel.ds_config import build_ds_config
 from hermes_dist.parallel.engine import Engine
@@ -70,6 +72,9 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, tasks)
     transfer.initialise(model, config, tasks)
+    apply_activation_checkpointing(model, config.train.activation_checkpointing, config.train.offload_activations)
+    if config.train.compile:
+        compile_blocks(model)
     engine = Engine(model, config, runtime)
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, runtime)
     state = _restore(checkpointer.load(engine, config.run.resume), fresh, config)

@@ -61,3 +61,9 @@ def test_other_keys_pass_through() -> None:
     assert got["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert got["wall_clock_breakdown"] is True
     assert "bf16" not in got
+
+
+def test_compiling_is_refused_where_weights_are_gathered_by_hooks() -> None:
+    assert build({"zero_optimization": {"stage": 2}}, compile=True)
+    with pytest.raises(ConfigError, match=r"train.compile with ZeRO stage 3"):
+        build({"zero_optimization": {"stage": 3}}, compile=True)
