@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +23,18 @@ from hermes_dist.shards.codec import Scratch, crc32c, decompress_items
 Vox3 = tuple[int, int, int]
 Bounds = tuple[int, int, int]
 """Along one axis: block index, first voxel, one past the last voxel."""
+
+
+SLAB_VOX = 8
+"""Parts of blocks are left out in steps of so many z planes."""
+
+
+class Reach(Protocol):
+    """What of a box is needed (`volume.augment.Reach` for a rotated patch)."""
+
+    def touches(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Which boxes of voxels [low, high), int64 (…, 3) each, are needed: bool (…,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,27 @@ def _axis_parts(grid: BlockGrid, axis: int, start: int, stop: int) -> list[tuple
         origin = index * grid.stride(axis)
         parts.append((index, grid.side(axis, index), slice(first - origin, end - origin), slice(first - start, end - start)))
     return parts
+
+
+def trim_parts(parts: Sequence[BlockPart], start_vox_zyx: Sequence[int], reach: Reach) -> list[BlockPart]:
+    """Leave out what `reach` does not touch: parts become thinner along z, or vanish. `start_vox_zyx`: what targets begin at."""
+    if not parts:
+        return []
+    target = np.asarray([[(s.start, s.stop) for s in part.target] for part in parts], np.int64)
+    first, stop = target[:, :, 0] + np.asarray(start_vox_zyx), target[:, :, 1] + np.asarray(start_vox_zyx)
+    count = -(-int((stop - first)[:, 0].max()) // SLAB_VOX)
+    low, high = np.repeat(first[:, None], count, axis=1), np.repeat(stop[:, None], count, axis=1)
+    low[:, :, 0] += SLAB_VOX * np.arange(count)
+    high[:, :, 0] = np.minimum(low[:, :, 0] + SLAB_VOX, stop[:, None, 0])
+    needed = reach.touches(low, high) & (low[:, :, 0] < stop[:, None, 0])
+    kept: list[BlockPart] = []
+    for i in np.flatnonzero(needed.any(axis=1)):
+        slabs = np.flatnonzero(needed[i])
+        before, after = int(low[i, slabs[0], 0] - first[i, 0]), int(stop[i, 0] - high[i, slabs[-1], 0])
+        (from_z, *from_yx), (to_z, *to_yx) = parts[i].source, parts[i].target
+        source = (slice(from_z.start + before, from_z.stop - after), *from_yx)
+        kept.append(parts[i]._replace(source=source, target=(slice(to_z.start + before, to_z.stop - after), *to_yx)))
+    return kept
 
 
 def payload(table: BlockTable, data: memoryview, name: BlockName) -> memoryview:

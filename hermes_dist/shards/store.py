@@ -19,7 +19,7 @@ import numpy as np
 
 from hermes_dist.errors import CorruptShardError, StoreError, nearest
 from hermes_dist.shards import STORES
-from hermes_dist.shards.blocks import BlockName, BlockTable, decode_part, plan_parts
+from hermes_dist.shards.blocks import BlockName, BlockTable, Reach, decode_part, plan_parts, trim_parts
 from hermes_dist.shards.cache import CachedStorage, DiskCache
 from hermes_dist.shards.codec import Scratch
 from hermes_dist.shards.collection import COLLECTION_FILE, Collection, load, open_manifest
@@ -47,13 +47,17 @@ class ReadCounters:
 
 
 class _Job(NamedTuple):
-    """Fill `out` with the box at `start_vox_zyx` of one array: stored values times `scale` (None = as stored), `pad` outside."""
+    """Fill `out` with the box at `start_vox_zyx` of one array: stored values times `scale` (None = as stored), `pad` outside.
+
+    With `reach`, what it does not touch is `pad` too, and not read.
+    """
 
     array: str
     start_vox_zyx: Sequence[int]
     out: np.ndarray
     scale: np.float32 | None
     pad: float
+    reach: Reach | None = None
 
 
 class ShardStore:
@@ -92,11 +96,23 @@ class ShardStore:
         return self._storage.url
 
     def read_crop(
-        self, row: int | ManifestRow, start_vox_zyx: Sequence[int], size_vox_zyx: Sequence[int]
+        self,
+        row: int | ManifestRow,
+        start_vox_zyx: Sequence[int],
+        size_vox_zyx: Sequence[int],
+        *,
+        reach: Reach | None = None,
+        stored: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """A box of a case as (normalised image float32, label uint8 or uint16), both of the asked size.
 
         The box may stick out of the volume on any side: there the image has the case's minimum ("air"), the label 0.
+
+        Args:
+            row: row number or row of the manifest.
+            start_vox_zyx, size_vox_zyx: the box.
+            reach: leave out (as air) what it does not touch.
+            stored: the image as it is stored; the row's `image_step` times that are the normalised intensities.
 
         Raises:
             CorruptShardError: a checksum does not match. StoreError: missing. TransientStorageError: may work again.
@@ -106,10 +122,14 @@ class ShardStore:
             raise StoreError(
                 f"{case.name}: a crop needs three starts and three positive sides, got {start_vox_zyx} and {size_vox_zyx}"
             )
-        image = np.empty(tuple(size_vox_zyx), np.float32)
+        dtype, fill = case.array_type("image")
+        scale = None if stored or case.image_dtype != "int16" else np.float32(case.image_step)
+        image = np.empty(tuple(size_vox_zyx), dtype if stored else np.float32)
         label = np.empty(tuple(size_vox_zyx), case.array_type("label")[0])
-        scale = np.float32(case.image_step) if case.image_dtype == "int16" else None
-        jobs = [_Job("image", start_vox_zyx, image, scale, case.air), _Job("label", start_vox_zyx, label, None, 0)]
+        jobs = [
+            _Job("image", start_vox_zyx, image, scale, fill if stored else case.air, reach),
+            _Job("label", start_vox_zyx, label, None, 0, reach),
+        ]
         if isinstance(self._storage, LocalStorage):
             for job in jobs:
                 self._read(case, job)
@@ -175,8 +195,9 @@ class ShardStore:
         low = [min(max(s, 0), side) for s, side in zip(start, case.shape_vox_zyx, strict=True)]
         high = [min(max(s + n, 0), side) for s, n, side in zip(start, out.shape, case.shape_vox_zyx, strict=True)]
         parts = plan_parts(table.grid, low, high) if all(a < b for a, b in zip(low, high, strict=True)) else []
-        present = [part for part in parts if table.lengths[part.number]]
-        if len(present) != len(parts) or not parts or tuple(b - a for a, b in zip(low, high, strict=True)) != out.shape:
+        needed = parts if job.reach is None else trim_parts(parts, low, job.reach)
+        present = [part for part in needed if table.lengths[part.number]]
+        if present != parts or not parts or tuple(b - a for a, b in zip(low, high, strict=True)) != out.shape:
             out.fill(job.pad)
         numbers = [part.number for part in present]
         ranges = list(zip(table.offsets[numbers].tolist(), table.lengths[numbers].tolist(), strict=True))

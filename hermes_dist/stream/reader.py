@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +42,10 @@ class Store(Protocol):
         """`decode_s`: seconds spent on decoding so far."""
         ...
 
-    def read_crop(self, row: int, start_vox_zyx: Vox3, size_vox_zyx: Vox3) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """(image float32, label) of a box; outside of the volume air and 0."""
+    def read_crop(
+        self, row: Any, start_vox_zyx: Vox3, size_vox_zyx: Vox3, *, reach: augment.Reach | None = None, stored: bool = False
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """(image float32 or as it is stored, label) of a box; air and 0 outside of the volume and out of reach."""
         ...
 
 
@@ -65,6 +67,15 @@ class Sample:
     patch_start: Vox3 = (0, 0, 0)
     parts_s: dict[str, float] = field(default_factory=dict[str, float])
     events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+class _Box(NamedTuple):
+    """What to read of a case; see `Store.read_crop`."""
+
+    start: Vox3
+    sides: Vox3
+    reach: augment.Reach | None = None
+    stored: bool = False
 
 
 class Reader:
@@ -140,16 +151,21 @@ class Reader:
             foreground=lambda k: store.manifest.foreground(row, k),
         )
         numbers = augment.draw(int(rows.augment_seed[index]), self.augmentation)
-        box_start, box_sides = start, self.patch
+        box, scale = _Box(start, self.patch), 1.0
         if numbers.affine is not None:
-            box_start, box_sides = augment.source_box(numbers.affine, start, self.patch, entry.shape_vox_zyx)
+            box = _Box(
+                *augment.source_box(numbers.affine, start, self.patch, entry.shape_vox_zyx),
+                reach=augment.reach(numbers.affine, start, self.patch),
+                stored=self.augment_here and entry.image_dtype == "int16",  # half the bytes to move; the warp scales
+            )
+            scale = entry.image_step if box.stored else 1.0
         begin, decoded_before_s = time.perf_counter(), store.counters.decode_s
-        image, label = self._read_box(case, box_start, box_sides, position=position, events=events)
+        image, label = self._read_box(case, entry, box, position=position, events=events)
         read, decode_s = time.perf_counter(), store.counters.decode_s - decoded_before_s
-        patch_start = (start[0] - box_start[0], start[1] - box_start[1], start[2] - box_start[2])
+        patch_start = (start[0] - box.start[0], start[1] - box.start[1], start[2] - box.start[2])
         sample = Sample(position, dataset, case, identity(*self._name(case), start), image, label, numbers, patch_start)
         if self.augment_here:
-            finish(sample, self.patch)
+            finish(sample, self.patch, scale)
         sample.parts_s = {
             "storage": max(read - begin - decode_s, 0.0),
             "decode": decode_s,
@@ -158,14 +174,14 @@ class Reader:
         return sample
 
     def _read_box(
-        self, case: int, start: Vox3, sides: Vox3, *, position: int, events: list[dict[str, Any]]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any]]:
+        self, case: int, entry: Any, box: _Box, *, position: int, events: list[dict[str, Any]]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Read with retries. Raises DataError at once, StreamError after the last attempt at failing storage."""
-        store, row = self.locate(case)
+        store, _ = self.locate(case)
         for attempt in range(self.faults.retries + 1):
             try:
                 self.chaos.before_read(position, case, attempt, self._name(case))
-                return store.read_crop(row, start, sides)
+                return store.read_crop(entry, box.start, box.sides, reach=box.reach, stored=box.stored)
             except TransientStorageError as error:
                 if attempt == self.faults.retries:
                     raise StreamError(
@@ -206,11 +222,14 @@ class Reader:
         )
 
 
-def finish(sample: Sample, patch: Vox3) -> None:
-    """Apply a sample's draw in place, on this CPU: after that image and label have the patch's shape."""
+def finish(sample: Sample, patch: Vox3, scale: float = 1.0) -> None:
+    """Apply a sample's draw in place, on this CPU: after that image and label have the patch's shape.
+
+    `scale`: what an image that is still as it was stored is multiplied by (only with an affine).
+    """
     numbers = sample.numbers or augment.Draw()
     if numbers.affine is not None:
-        sample.image, sample.label = augment.warp(sample.image, sample.label, numbers.affine, sample.patch_start, patch)
+        sample.image, sample.label = augment.warp(sample.image, sample.label, numbers.affine, sample.patch_start, patch, scale)
     if not sample.image.flags.writeable or not sample.image.flags.c_contiguous:
         sample.image = sample.image.copy()
     sample.image = augment.change_intensity(sample.image, numbers)

@@ -17,13 +17,14 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float32, Float64, Integer
+from jaxtyping import Float32, Float64, Integer, Num
 
 from hermes_dist.config import AugmentConfig, Vox3
 from hermes_dist.volume import augment_kernels as kernels
 
 Image = Float32[np.ndarray, "Z Y X"]
 Label = Integer[np.ndarray, "Z Y X"]
+Source = Num[np.ndarray, "Z Y X"]
 PatchImage = Float32[np.ndarray, "Pz Py Px"]
 PatchLabel = Integer[np.ndarray, "Pz Py Px"]
 Matrix = Float64[np.ndarray, "3 3"]
@@ -46,6 +47,32 @@ class Draw:
     blur_sigma_vox: float | None = None
     noise_std: float | None = None
     noise_key: int = 0
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The voxels that an affine of a patch reads: a parallelepiped, with the neighbours that interpolation takes.
+
+    A box around it has two to four times its volume, and most of that need not be read.
+
+    Attributes:
+        centre_vox_zyx: its centre in the volume's voxels.
+        inverse: 3 × 3 map from offsets in the volume to offsets in the patch.
+        half_vox_zyx: half the sides of the patch, from its first voxel's centre to its last one's.
+    """
+
+    centre_vox_zyx: npt.NDArray[np.float64]
+    inverse: npt.NDArray[np.float64]
+    half_vox_zyx: npt.NDArray[np.float64]
+
+    def touches(self, low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which boxes of voxels [low, high), (…, 3) each, may be read; false only where that is certain.
+
+        Separating axes: the patch's own; those of the volume are the caller's, who asks about parts of the patch's box only.
+        """
+        middle = (low + high - 1) / 2 - self.centre_vox_zyx
+        wide = (high - low - 1) / 2 + 1.001  # the next voxel on each side takes part in interpolation
+        return (np.abs(middle @ self.inverse.T) <= self.half_vox_zyx + wide @ np.abs(self.inverse).T).all(axis=-1)
 
 
 def draw(seed: int, config: AugmentConfig) -> Draw:
@@ -122,17 +149,27 @@ def source_box(affine: Matrix, start_vox_zyx: Vox3, patch_vox_zyx: Vox3, shape_v
     return _vox3(low), _vox3(high - low + 1)
 
 
+def reach(affine: Matrix, start_vox_zyx: Vox3, patch_vox_zyx: Vox3) -> Reach:
+    """What of the `source_box` an affine of a patch really reads (arguments as there).
+
+    Beyond the box the outermost voxels continue; a box that was cut there ends in air, so nothing else is needed of it.
+    """
+    half = (np.asarray(patch_vox_zyx) - 1) / 2
+    return Reach(np.asarray(start_vox_zyx) + half, np.linalg.inv(affine), half)
+
+
 def warp(
-    image: Image, label: Label, affine: Matrix, patch_start_vox_zyx: Vox3, patch_vox_zyx: Vox3
+    image: Source, label: Label, affine: Matrix, patch_start_vox_zyx: Vox3, patch_vox_zyx: Vox3, scale: float = 1.0
 ) -> tuple[PatchImage, PatchLabel]:
     """Resample a box once: trilinear for the image, nearest for the label.
 
     Args:
-        image: source box, float32 (Z, Y, X), each side >= 2; its outermost voxels continue to infinity.
+        image: source box, any number type (Z, Y, X), each side >= 2; its outermost voxels continue to infinity.
         label: labels of the same box.
         affine: 3 × 3 map of offsets from the patch's centre.
         patch_start_vox_zyx: first voxel of the unrotated patch in the box's own indices (may be negative).
         patch_vox_zyx: sides of the result.
+        scale: factor of the image's values (stored integers become intensities in the same pass).
 
     Returns:
         Image float32 and label (dtype kept) of sides `patch_vox_zyx`.
@@ -146,6 +183,7 @@ def warp(
         np.ascontiguousarray(label),
         affine.astype(np.float32),
         origin.astype(np.float32),
+        scale,
         image_out,
         label_out,
     )

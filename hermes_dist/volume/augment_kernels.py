@@ -27,38 +27,56 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 @njit(cache=True, nogil=True, fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy")
 @no_type_check
-def warp_into(
-    image: F32, label: npt.NDArray[np.integer], affine: F32, origin: F32, image_out: F32, label_out: npt.NDArray[np.integer]
-):
-    """image_out[o] = trilinear image at `affine @ o + origin`, label_out[o] = nearest label there.
+def warp_into(image, label: npt.NDArray[np.integer], affine: F32, origin: F32, scale: float, image_out: F32, label_out):
+    """image_out[o] = scale × trilinear image at `affine @ o + origin`, label_out[o] = nearest label there.
 
-    Coordinates are clamped to the source, so its outermost voxels continue to infinity. Source sides must be >= 2.
+    Coordinates are clamped to the source, so its outermost voxels continue to infinity. Source sides must be >= 2; the source
+    may be of any number type (interpolated in float32). Row by row, in three loops: places and weights, the eight corners,
+    interpolation. The first and the last become vector instructions, the one between is loads only (2.5 times as fast as one loop).
     """
     nz, ny, nx = image.shape
+    source, labels = image.reshape(-1), label.reshape(-1)
+    step_z, step_y, one = np.int32(ny * nx), np.int32(nx), np.uint64(1)
     top_z, top_y, top_x = np.float32(nz - 1), np.float32(ny - 1), np.float32(nx - 1)
-    zero, half = np.float32(0.0), np.float32(0.5)
+    zero, half, factor = np.float32(0.0), np.float32(0.5), np.float32(scale)
+    width = image_out.shape[2]
+    corner, nearest = np.empty(width, np.int32), np.empty(width, np.int32)
+    weight_z, weight_y, weight_x = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    values = np.empty((8, width), image.dtype)
     for z in range(image_out.shape[0]):
         for y in range(image_out.shape[1]):
             base_z = affine[0, 0] * z + affine[0, 1] * y + origin[0]
             base_y = affine[1, 0] * z + affine[1, 1] * y + origin[1]
             base_x = affine[2, 0] * z + affine[2, 1] * y + origin[2]
-            for x in range(image_out.shape[2]):
+            for x in range(width):
                 step = np.float32(x)
                 at_z = min(max(base_z + affine[0, 2] * step, zero), top_z)
                 at_y = min(max(base_y + affine[1, 2] * step, zero), top_y)
                 at_x = min(max(base_x + affine[2, 2] * step, zero), top_x)
-                label_out[z, y, x] = label[np.int32(at_z + half), np.int32(at_y + half), np.int32(at_x + half)]
-                iz, iy, ix = min(np.int32(at_z), nz - 2), min(np.int32(at_y), ny - 2), min(np.int32(at_x), nx - 2)
-                fz, fy, fx = at_z - np.float32(iz), at_y - np.float32(iy), at_x - np.float32(ix)
-                a, b = image[iz, iy, ix], image[iz, iy + 1, ix]
-                a += fx * (image[iz, iy, ix + 1] - a)
-                b += fx * (image[iz, iy + 1, ix + 1] - b)
-                a += fy * (b - a)
-                c, d = image[iz + 1, iy, ix], image[iz + 1, iy + 1, ix]
-                c += fx * (image[iz + 1, iy, ix + 1] - c)
-                d += fx * (image[iz + 1, iy + 1, ix + 1] - d)
-                c += fy * (d - c)
-                image_out[z, y, x] = a + fz * (c - a)
+                nearest[x] = np.int32(at_z + half) * step_z + np.int32(at_y + half) * step_y + np.int32(at_x + half)
+                iz = min(np.int32(at_z), np.int32(nz - 2))
+                iy = min(np.int32(at_y), np.int32(ny - 2))
+                ix = min(np.int32(at_x), np.int32(nx - 2))
+                weight_z[x], weight_y[x], weight_x[x] = at_z - np.float32(iz), at_y - np.float32(iy), at_x - np.float32(ix)
+                corner[x] = iz * step_z + iy * step_y + ix
+            for x in range(width):
+                a = np.uint64(corner[x])  # unsigned: numba then leaves out the code for negative indices
+                b = a + np.uint64(step_y)
+                c, d = a + np.uint64(step_z), b + np.uint64(step_z)
+                values[0, x], values[1, x], values[2, x], values[3, x] = source[a], source[a + one], source[b], source[b + one]
+                values[4, x], values[5, x], values[6, x], values[7, x] = source[c], source[c + one], source[d], source[d + one]
+                label_out[z, y, x] = labels[np.uint64(nearest[x])]
+            for x in range(width):
+                fx = weight_x[x]
+                p, q = np.float32(values[0, x]), np.float32(values[2, x])
+                p += fx * (np.float32(values[1, x]) - p)
+                q += fx * (np.float32(values[3, x]) - q)
+                p += weight_y[x] * (q - p)
+                r, q = np.float32(values[4, x]), np.float32(values[6, x])
+                r += fx * (np.float32(values[5, x]) - r)
+                q += fx * (np.float32(values[7, x]) - q)
+                r += weight_y[x] * (q - r)
+                image_out[z, y, x] = (p + weight_z[x] * (r - p)) * factor
 
 
 @njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
