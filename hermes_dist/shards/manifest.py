@@ -30,6 +30,8 @@ SAMPLES_PER_GROUP = 1 << 18
 NARROW = ("dataset", "case_id", "modality", "split")
 LABELS = ("dataset", "modality", "split")
 CACHE_BYTES = 48 << 20
+ROWS_KEPT = 256
+"""Rows that stay as Python objects, so that small collections parse each of theirs once."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ class Manifest:
         self._lock = threading.RLock()
         self._cache: OrderedDict[tuple[int, str], pa.Table] = OrderedDict()
         self._cache_bytes = 0
+        self._rows: OrderedDict[int, ManifestRow] = OrderedDict()
         self._ids = _chunk(table, "case_id")
         labels = {column: _chunk(table, column) for column in LABELS}
         found = labels["dataset"].dictionary.to_pylist()
@@ -254,10 +257,25 @@ class Manifest:
 
     def row(self, i: int) -> ManifestRow:
         """One row. Raises StoreError if there is no such row."""
+        with self._lock:
+            kept = self._rows.get(int(i))
+            if kept is not None:
+                self._rows.move_to_end(int(i))
+                return kept
         group, k = self._locate(i)
         data = self._group(group, "row").slice(k, 1).to_pylist()[0]
         data["stats"] = json.loads(data["stats"])
-        return _row(data)
+        row = _row(data)
+        with self._lock:
+            self._rows[int(i)] = row
+            if len(self._rows) > ROWS_KEPT:
+                self._rows.popitem(last=False)
+        return row
+
+    def foreground_counts(self, i: int) -> np.ndarray:
+        """int32 per class: how many sampled foreground voxels the case has (`foreground` returns them)."""
+        group, k = self._locate(i)
+        return np.asarray(self._group(group, "foreground").column("foreground_counts")[k].values)
 
     def foreground(self, i: int, class_index: int) -> np.ndarray:
         """int32 (n, 3) voxel coordinates Z Y X of sampled foreground of one class; (0, 3) if the case has none."""

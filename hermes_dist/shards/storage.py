@@ -28,6 +28,7 @@ MAX_GAP_BYTES = 65536
 MAX_JOINED_BYTES = 1 << 19
 """… up to this size, so that what was read is decoded while it is in the processor's cache."""
 KEPT_BUFFER_BYTES = 64 << 20
+KEPT_PATHS = 4096
 _thread = threading.local()
 
 
@@ -118,6 +119,7 @@ class LocalStorage:
 
     def __init__(self, root: str | Path) -> None:
         self._root = os.path.realpath(root)
+        self._located: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -129,6 +131,15 @@ class LocalStorage:
         real = os.path.realpath(full)
         if real != full and not real.startswith(self._root + os.sep):
             raise StoreError(f"{full} is a link that leaves the store (to {real}); remove it and convert the case again")
+        return real
+
+    def _locate_again(self, path: str) -> str:
+        """`_locate` for objects that are read many times: asking for every folder's links costs as much as a small crop."""
+        real = self._located.get(path)
+        if real is None:
+            if len(self._located) >= KEPT_PATHS:
+                self._located.clear()
+            self._located[path] = real = self._locate(path)
         return real
 
     @contextmanager
@@ -152,7 +163,7 @@ class LocalStorage:
         """See `Storage.read_ranges`."""
         groups = coalesce(ranges, MAX_GAP_BYTES, MAX_JOINED_BYTES)
         buffer = self._buffer(max((length for _, length, _ in groups), default=0))
-        with self._errors(path), open(self._locate(path), "rb", buffering=0) as file:
+        with self._errors(path), open(self._locate_again(path), "rb", buffering=0) as file:
             for start, length, members in groups:
                 got = os.preadv(file.fileno(), [buffer[:length]], start)
                 if got != length:

@@ -19,6 +19,7 @@ def choose_start(
     patch: Vox3,
     seed: int,
     weights: npt.NDArray[np.float64] | None,
+    counts: npt.NDArray[np.integer],
     foreground: Callable[[int], npt.NDArray[np.integer]],
 ) -> Vox3:
     """First voxel of a patch.
@@ -32,13 +33,14 @@ def choose_start(
         patch: sides of the patch.
         seed: the sample's crop seed.
         weights: (classes,) weights of the dataset's classes, or None for a crop anywhere.
-        foreground: class → (n, 3) voxel coordinates.
+        counts: (classes,) known foreground voxels of each class in this case.
+        foreground: class → (n, 3) coordinates of them; asked for one class only.
 
     Returns:
         Start in voxels; negative where the volume is padded.
     """
     room = [s - p for s, p in zip(shape, patch, strict=True)]
-    centre = None if weights is None else _foreground_voxel(seed, weights, foreground)
+    centre = None if weights is None else _foreground_voxel(seed, weights, counts, foreground)
     axes = np.arange(3)
     if centre is None:
         start = integers(np.maximum(np.asarray(room) + 1, 1), _START, seed, axes)
@@ -51,14 +53,17 @@ def choose_start(
 
 
 def _foreground_voxel(
-    seed: int, weights: npt.NDArray[np.float64], foreground: Callable[[int], npt.NDArray[np.integer]]
+    seed: int,
+    weights: npt.NDArray[np.float64],
+    counts: npt.NDArray[np.integer],
+    foreground: Callable[[int], npt.NDArray[np.integer]],
 ) -> npt.NDArray[np.int64] | None:
     """One voxel of one class, or None if no class with a positive weight has voxels here."""
-    voxels = [foreground(k) if w > 0 else np.empty((0, 3), np.int32) for k, w in enumerate(weights)]
-    present = np.asarray([w if len(v) else 0.0 for w, v in zip(weights, voxels, strict=True)])
+    present = np.where(counts > 0, weights, 0.0)
     if not present.sum() > 0:
         return None
     cumulative = present.cumsum()
     chosen = int(np.searchsorted(cumulative, float(uniform(_CLASS, seed)) * cumulative[-1], side="right"))
     chosen = min(chosen, int(np.flatnonzero(present)[-1]))
-    return voxels[chosen][int(integers(len(voxels[chosen]), _VOXEL, seed))].astype(np.int64)
+    voxels = foreground(chosen)
+    return voxels[int(integers(len(voxels), _VOXEL, seed))].astype(np.int64)

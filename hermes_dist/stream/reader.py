@@ -26,6 +26,7 @@ from hermes_dist.stream.plan import Plan, PlanRows
 from hermes_dist.volume import augment
 
 _JITTER = 7
+_NOTHING = np.zeros(0, np.int32)
 MAX_PAUSE_S = 30.0
 
 
@@ -143,11 +144,13 @@ class Reader:
         store, row = self.locate(case)
         entry = store.manifest.row(row)
         dataset, position = int(rows.dataset[index]), int(rows.position[index])
+        wanted = bool(rows.foreground[index])
         start = choose_start(
             shape=entry.shape_vox_zyx,
             patch=self.patch,
             seed=int(rows.crop_seed[index]),
-            weights=self.class_weights[dataset] if rows.foreground[index] else None,
+            weights=self.class_weights[dataset] if wanted else None,
+            counts=store.manifest.foreground_counts(row) if wanted else _NOTHING,
             foreground=lambda k: store.manifest.foreground(row, k),
         )
         numbers = augment.draw(int(rows.augment_seed[index]), self.augmentation)
