@@ -75,7 +75,7 @@ class FaultsConfig(Section):
     backoff_s: float = Field(default=0.2, gt=0)
     """First pause between attempts; doubles each time, with jitter, at most 30 s."""
     max_quarantined: int = Field(default=10, ge=0)
-    """Corrupt cases that are replaced before the run stops."""
+    """Distinct corrupt cases, over all ranks, that are replaced before the run stops."""
     chaos: dict[str, float] = {}
     """Fault injection for tests: `corrupt`, `transient`, `slow_s`, `kill` → probability or seconds per sample."""
 

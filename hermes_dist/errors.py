@@ -11,7 +11,7 @@
     │   └── CorruptShardError    bytes whose checksum does not match: never retried
     ├── TransientStorageError    storage that may work again: retried with backoff
     ├── StreamError              the sample stream cannot go on
-    │   ├── QuarantineLimitError more corrupt cases than `stream.max_quarantined`
+    │   ├── QuarantineLimitError more corrupt cases than `stream.faults.max_quarantined`
     │   └── WaitTimeoutError     a wait that reached its limit; the message says what it waited for
     ├── ModelError               ids out of range, sides too small, weights of another shape
     ├── CheckpointError          a checkpoint that is damaged, or of another model or collection
@@ -77,7 +77,7 @@ class StreamError(HermesError):
 
 
 class QuarantineLimitError(StreamError):
-    """More corrupt cases than `stream.max_quarantined`."""
+    """More corrupt cases than `stream.faults.max_quarantined`."""
 
 
 class WaitTimeoutError(StreamError):

@@ -176,7 +176,7 @@ def trim_parts(parts: Sequence[BlockPart], start_vox_zyx: Sequence[int], reach: 
     high[:, :, 0] = np.minimum(low[:, :, 0] + SLAB_VOX, stop[:, None, 0])
     needed = reach.touches(low, high) & (low[:, :, 0] < stop[:, None, 0])
     kept: list[BlockPart] = []
-    for i in np.flatnonzero(needed.any(axis=1)):
+    for i in np.flatnonzero(needed.any(axis=1)).tolist():
         slabs = np.flatnonzero(needed[i])
         before, after = int(low[i, slabs[0], 0] - first[i, 0]), int(stop[i, 0] - high[i, slabs[-1], 0])
         (from_z, *from_yx), (to_z, *to_yx) = parts[i].source, parts[i].target

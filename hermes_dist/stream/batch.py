@@ -93,7 +93,8 @@ class StepBatch:
     """What a rank consumes in one global step.
 
     `pair_count` and `modality_count` are global: valid (sample, task) pairs and stated modalities of the whole step.
-    `identities` and `positions` describe the real local samples in order. `wait_parts_s` sums to `data_wait_s`.
+    `identities` and `positions` describe the real local samples in order. `wait_parts_s` sums to `data_wait_s`. `unreadable`
+    are the cases (by number over all manifests) that this rank found to be bad for the first time.
     """
 
     step: int
@@ -105,6 +106,7 @@ class StepBatch:
     data_wait_s: float = 0.0
     wait_parts_s: dict[str, float] = field(default_factory=dict[str, float])
     events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    unreadable: tuple[int, ...] = ()
 
 
 class Collator:

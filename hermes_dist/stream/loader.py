@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from hermes_dist.config import Config
-from hermes_dist.errors import ConfigError, QuarantineLimitError, WaitTimeoutError
+from hermes_dist.errors import ConfigError, WaitTimeoutError
 from hermes_dist.stream.batch import Collator, StepBatch, local_part, micro_batch_count
 from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.prepare import build_reader
+from hermes_dist.stream.quarantine import Quarantine
 from hermes_dist.stream.reader import Reader, Sample, Store
 from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
@@ -115,7 +116,8 @@ class Stream:
         self._stop = threading.Event()
         self._progress = time.monotonic()
         self._awaited = "the first sample"
-        self._quarantined: dict[str, str] = {}
+        self.quarantine = Quarantine(config.stream.faults.max_quarantined, reader.case_name)
+        """Bad cases. A world of one counts its own; with more ranks the caller settles each step's findings."""
         self._thread = threading.Thread(target=self._feed, name="stream-feeder", daemon=True)
         self._telemetry: Telemetry | None = None
         self._notes: list[dict[str, Any]] = []
@@ -148,12 +150,15 @@ class Stream:
                 self._ready.get_nowait()
 
     def _next(self) -> StepBatch:
+        self.quarantine.check()
         begin = time.perf_counter()
         item = self._wait()
         wait_s = time.perf_counter() - begin
         batch, parts_s = item.batch, item.parts_s
         batch.data_wait_s = wait_s
         batch.wait_parts_s = attribute_wait(wait_s, parts_s, len(batch.positions))
+        if self._world_size == 1:
+            batch.events = self.quarantine.settle(batch.events, [batch.unreadable], 0)
         batch.events = self._notes + batch.events
         self._notes = []
         self._decide_place(wait_s)
@@ -228,7 +233,7 @@ class Stream:
                 found = "the end" if sample is None else f"position {sample.position}"
                 raise AssertionError(f"the source returned {found} where position {position} was due")
             mine.append(sample)
-        events = [e for s in mine for e in self._audit(s)]
+        events, unreadable = self.quarantine.find([e for s in mine for e in s.events])
         begin = time.perf_counter()
         count = micro_batch_count(size, world, self._config.train.micro_batch)
         bounds = [len(mine) * i // count for i in range(count + 1)]
@@ -243,31 +248,9 @@ class Stream:
             identities=np.asarray([s.identity for s in mine], np.int64),
             positions=np.arange(start, stop, dtype=np.int64),
             events=events,
+            unreadable=unreadable,
         )
         return _Ready(batch, parts_s)
-
-    def _audit(self, sample: Sample) -> list[dict[str, Any]]:
-        """Events of a sample, with one `quarantine` for each case that is seen to be bad for the first time.
-
-        Raises:
-            QuarantineLimitError: more distinct cases than allowed.
-        """
-        events: list[dict[str, Any]] = []
-        for event in sample.events:
-            if event["kind"] == "substitution":
-                name = f"{event['dataset']}/{event['case_id']}"
-                if name not in self._quarantined:
-                    self._quarantined[name] = str(event["error"])
-                    events.append({**event, "kind": "quarantine"})
-            events.append(event)
-        limit = self._config.stream.faults.max_quarantined
-        if len(self._quarantined) > limit:
-            listed = "; ".join(f"{name}: {message}" for name, message in list(self._quarantined.items())[:10])
-            raise QuarantineLimitError(
-                f"{len(self._quarantined)} unreadable cases, more than stream.faults.max_quarantined={limit}: {listed}. "
-                "Run `hermes-shard verify` on the store, convert these cases again, or raise the limit"
-            )
-        return events
 
     def _report(self, parts_s: dict[str, float]) -> None:
         if self._telemetry is None:

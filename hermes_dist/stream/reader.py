@@ -188,7 +188,7 @@ class Reader:
             except TransientStorageError as error:
                 if attempt == self.faults.retries:
                     raise StreamError(
-                        f"{'/'.join(self._name(case))}: storage failed {attempt + 1} times: {error}; "
+                        f"{self.case_name(case)}: storage failed {attempt + 1} times: {error}; "
                         "check the storage, or raise stream.faults.retries"
                     ) from error
                 pause_s = pause_before(attempt, self.faults.backoff_s, position)
@@ -201,6 +201,10 @@ class Reader:
         index = int(np.searchsorted(self._first, case, side="right")) - 1
         return self.stores[index], case - int(self._first[index])
 
+    def case_name(self, case: int) -> str:
+        """`dataset/case_id` of a global case number."""
+        return "/".join(self._name(case))
+
     def _name(self, case: int) -> tuple[str, str]:
         store, row = self.locate(case)
         manifest = store.manifest
@@ -212,13 +216,14 @@ class Reader:
             "kind": kind,
             "time_s": round(time.time(), 3),
             "position": position,
+            "case": case,
             "dataset": dataset,
             "case_id": case_id,
             **more,
         }
 
     def _too_many(self, tried: dict[int, str]) -> QuarantineLimitError:
-        listed = "; ".join(f"{'/'.join(self._name(case))}: {message}" for case, message in list(tried.items())[:5])
+        listed = "; ".join(f"{self.case_name(case)}: {message}" for case, message in list(tried.items())[:5])
         return QuarantineLimitError(
             f"{len(tried)} unreadable cases in a row (stream.faults.max_quarantined = {self.faults.max_quarantined}): {listed}. "
             "Run `hermes-shard verify` on the store and convert these cases again"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hermes_dist.config import Config
@@ -20,7 +21,7 @@ from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.scaling.utilisation import Utilisation
 from hermes_dist.stream.batch import StepBatch
-from hermes_dist.stream.loader import open_stream
+from hermes_dist.stream.loader import Stream, open_stream
 from hermes_dist.stream.prepare import build_reader
 from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
@@ -94,7 +95,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
             config, stores, tasks, rank=runtime.rank, world_size=runtime.world_size, start_step=state.step, telemetry=telemetry
         ) as stream:
             for batch in stream:
-                loss = _one_step(engine, batch, state, config, tasks, runtime, telemetry)
+                loss = _one_step(engine, batch, stream, state, config, tasks, runtime, telemetry)
                 if config.evaluate.every_steps and state.step % config.evaluate.every_steps == 0:
                     evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
                 stop = runtime.stop_requested
@@ -112,7 +113,14 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
 
 
 def _one_step(
-    engine: Engine, batch: StepBatch, state: TrainState, config: Config, tasks: TaskTable, runtime: Runtime, telemetry: Telemetry
+    engine: Engine,
+    batch: StepBatch,
+    stream: Stream,
+    state: TrainState,
+    config: Config,
+    tasks: TaskTable,
+    runtime: Runtime,
+    telemetry: Telemetry,
 ) -> float:
     started = time.perf_counter()
     lr = learning_rate(batch.step, config.train.max_steps, config.optimizer)
@@ -120,7 +128,7 @@ def _one_step(
     loss_fn = StepLoss(config.loss, batch, sums, null_column=config.model.priors.padding == "attended")
     stats = engine.step([b.to(runtime.device) for b in batch.micro_batches], loss_fn, lr)
     total = sums.unpack(runtime.sum(sums.packed()))
-    samples = np.concatenate(runtime.gather_int64(np.stack([batch.positions, batch.identities], axis=1).ravel())).reshape(-1, 2)
+    samples = _share(batch, stream, runtime)
     state.order_hash = chain_hash(state.order_hash, samples[:, 0], samples[:, 1])
     state.step = batch.step + 1
     state.skipped += int(stats.skipped)
@@ -130,8 +138,20 @@ def _one_step(
     record = StepRecord(batch, stats, total, lr, state.order_hash, len(samples), step_s)
     row = record.row(config, tasks)
     telemetry.step(row)
+    stream.quarantine.check()
     _report(row, state, config, runtime)
     return float(row["loss"])
+
+
+def _share(batch: StepBatch, stream: Stream, runtime: Runtime) -> npt.NDArray[np.int64]:
+    """(position, identity) of the step's samples of all ranks; what they found unreadable travels along, as position -1."""
+    mine = [np.stack([batch.positions, batch.identities], axis=1), *([[[-1, case]] for case in batch.unreadable])]
+    parts = [part.reshape(-1, 2) for part in runtime.gather_int64(np.concatenate(mine).astype(np.int64).ravel())]
+    if runtime.world_size > 1:
+        found = [part[part[:, 0] < 0, 1].tolist() for part in parts]
+        batch.events = stream.quarantine.settle(batch.events, found, runtime.rank)
+    samples = np.concatenate(parts)
+    return samples[samples[:, 0] >= 0]
 
 
 def _report(row: dict[str, Any], state: TrainState, config: Config, runtime: Runtime) -> None:

@@ -72,7 +72,8 @@ class Reach:
         """
         middle = (low + high - 1) / 2 - self.centre_vox_zyx
         wide = (high - low - 1) / 2 + 1.001  # the next voxel on each side takes part in interpolation
-        return (np.abs(middle @ self.inverse.T) <= self.half_vox_zyx + wide @ np.abs(self.inverse).T).all(axis=-1)
+        inside = np.abs(middle @ self.inverse.T) <= self.half_vox_zyx + wide @ np.abs(self.inverse).T
+        return np.asarray(inside.all(axis=-1))
 
 
 def draw(seed: int, config: AugmentConfig) -> Draw:

@@ -32,7 +32,7 @@ def warp_into(image, label: npt.NDArray[np.integer], affine: F32, origin: F32, s
 
     Coordinates are clamped to the source, so its outermost voxels continue to infinity. Source sides must be >= 2; the source
     may be of any number type (interpolated in float32). Row by row, in three loops: places and weights, the eight corners,
-    interpolation. The first and the last become vector instructions, the one between is loads only (2.5 times as fast as one loop).
+    interpolation. The first and the last become vector instructions, the one between is loads only (twice as fast as one loop).
     """
     nz, ny, nx = image.shape
     source, labels = image.reshape(-1), label.reshape(-1)

@@ -47,12 +47,13 @@ def _random_part(patch: tuple[int, int, int]) -> list[Any]:
 def open_loader(
     kind: str, cases: Sequence[tuple[np.ndarray, np.ndarray]], patch: tuple[int, int, int], folder: Path
 ) -> Callable[[int], Any]:
-    """A function that returns the i-th sample of a `cache` (RAM) or `persistent` (disk) dataset, warm."""
+    """A function that returns the i-th sample of a `CacheDataset` (RAM) or `PersistentDataset` (disk), warm."""
     set_track_meta(False)
+    folder.mkdir()
     data = [{"image": image[None], "label": label[None]} for image, label in cases]
     transform = mt.Compose(_deterministic_part() + _random_part(patch))
     transform.set_random_state(0)
-    if kind == "cache":
+    if kind == "CacheDataset":
         dataset: Any = CacheDataset(data, transform, cache_rate=1.0, num_workers=1, progress=False, copy_cache=False)
     else:
         paths: list[dict[str, Any]] = []

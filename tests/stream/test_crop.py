@@ -45,9 +45,7 @@ def test_classes_are_drawn_by_weight_among_those_present() -> None:
     weights = np.array([1.0, 3.0, 0.0, 5.0])
     counts = np.asarray([len(v) for v in voxels])
     sides = {"shape": (200, 100, 100), "patch": (4, 4, 4)}
-    start = [
-        choose_start(**sides, seed=s, weights=weights, counts=counts, foreground=voxels.__getitem__)[0] for s in range(4000)
-    ]
+    start = [choose_start(**sides, seed=s, weights=weights, counts=counts, foreground=voxels.__getitem__)[0] for s in range(4000)]
     drawn = np.bincount((np.asarray(start) + 20) // 40, minlength=4)
     assert drawn[2] == drawn[3] == 0
     assert abs(drawn[1] / 4000 - 0.75) < 0.03

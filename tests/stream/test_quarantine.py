@@ -1,0 +1,45 @@
+"""The job's set of bad cases: the same on every rank, one line a case, one cap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hermes_dist.errors import QuarantineLimitError
+from hermes_dist.stream.quarantine import Quarantine
+
+
+def substitution(case: int, position: int) -> dict[str, Any]:
+    return {"kind": "substitution", "case": case, "position": position, "error": f"damage {case}"}
+
+
+def ranks(limit: int, world: int = 2) -> list[Quarantine]:
+    return [Quarantine(limit, lambda case: f"set/case{case}") for _ in range(world)]
+
+
+def test_a_case_is_announced_once_however_many_ranks_find_it() -> None:
+    world = ranks(limit=10)
+    announced: list[int] = []
+    for step in ([[1, 2], [2]], [[2], [1, 3, 3]], [[3], []]):
+        own = [rank.find([substitution(case, 0) for case in cases]) for rank, cases in zip(world, step, strict=True)]
+        found = [cases for _, cases in own]
+        for number, rank in enumerate(world):
+            events = rank.settle(own[number][0], found, number)
+            announced += [e["case"] for e in events if e["kind"] == "quarantine"]
+            assert [e["case"] for e in events if e["kind"] == "substitution"] == step[number]
+    assert sorted(announced) == [1, 2, 3]
+
+
+def test_the_cap_counts_all_ranks_and_stops_all_of_them() -> None:
+    world = ranks(limit=3)
+    for number, cases in enumerate(([1, 2], [3, 4])):
+        world[number].find([substitution(case, 0) for case in cases])
+    for number, rank in enumerate(world):
+        rank.settle([], [[1, 2], [3]], number)
+        rank.check()
+        rank.settle([], [[], [4]], number)
+        with pytest.raises(QuarantineLimitError, match=r"4 unreadable cases on all ranks.*max_quarantined=3: set/case1: ") as error:
+            rank.check()
+        assert ("damage 1" in str(error.value)) == (number == 0)
+        assert "hermes-shard verify" in str(error.value)
