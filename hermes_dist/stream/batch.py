@@ -82,10 +82,10 @@ class Batch:
         return hit
 
     def valid_voxels(self) -> Tensor | None:
-        """(B, 1, Z, Y, X) bool, false where nobody annotated (the dataset's ignore value); None if no sample has one."""
+        """(B, Z, Y, X) bool, false where nobody annotated (the dataset's ignore value); None if no sample has one."""
         if not bool((self.ignore_values >= 0).any()):
             return None
-        return (self.label != self.ignore_values.to(self.label.dtype)[:, None, None, None])[:, None]
+        return self.label != self.ignore_values.to(self.label.dtype)[:, None, None, None]
 
 
 @dataclass

@@ -56,9 +56,9 @@ def test_valid_voxels_leave_out_the_ignore_value_of_that_dataset_only(tasks: Tas
     samples = [sample(0), sample(1, 1)]
     valid = collator.collate(samples).valid_voxels()
     assert valid is not None
-    assert valid.shape == (2, 1, *PATCH)
+    assert valid.shape == (2, *PATCH)
     assert valid[0].all()
-    assert np.array_equal(valid[1, 0].numpy(), samples[1].label != 255)
+    assert np.array_equal(valid[1].numpy(), samples[1].label != 255)
     assert collator.collate(samples[:1]).valid_voxels() is None
 
 

@@ -39,7 +39,9 @@ def test_the_cap_counts_all_ranks_and_stops_all_of_them() -> None:
         rank.settle([], [[1, 2], [3]], number)
         rank.check()
         rank.settle([], [[], [4]], number)
-        with pytest.raises(QuarantineLimitError, match=r"4 unreadable cases on all ranks.*max_quarantined=3: set/case1: ") as error:
+        with pytest.raises(
+            QuarantineLimitError, match=r"4 unreadable cases on all ranks.*max_quarantined=3: set/case1: "
+        ) as error:
             rank.check()
         assert ("damage 1" in str(error.value)) == (number == 0)
         assert "hermes-shard verify" in str(error.value)

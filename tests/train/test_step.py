@@ -31,7 +31,7 @@ class TinyModel(nn.Module):
         return ModelOutput(logits, None, image.mean((1, 2, 3, 4))[:, None] * self.modality)
 
 
-def make_batch(n_tasks: list[int], seed: int) -> Batch:
+def make_batch(n_tasks: list[int], seed: int, ignore: int = -1) -> Batch:
     rng = np.random.default_rng(seed)
     batch, columns, values = len(n_tasks), max(n_tasks), 7
     ids = torch.full((batch, columns), -1)
@@ -48,7 +48,7 @@ def make_batch(n_tasks: list[int], seed: int) -> Batch:
         modality_ids=torch.arange(batch) % 3,
         modality_targets=torch.arange(batch) % 3,
         dataset_ids=torch.zeros(batch, dtype=torch.long),
-        ignore_values=torch.full((batch,), -1),
+        ignore_values=torch.full((batch,), ignore),
         pair_mask=ids >= 0,
     )
 
@@ -69,15 +69,36 @@ def gradients(parts: list[Batch], pairs: int, samples: int) -> tuple[torch.Tenso
     return torch.cat([model.scale.grad, model.modality.grad]), sums
 
 
+@pytest.mark.parametrize("ignore", [-1, 6])
 @pytest.mark.parametrize("split", [[1, 3], [2, 2], [1, 1, 1, 1]])
-def test_gradients_of_any_micro_batching_are_those_of_the_whole_batch(split):
-    whole = make_batch([3, 1, 2, 5], seed=1)
+def test_gradients_of_any_micro_batching_are_those_of_the_whole_batch(split, ignore):
+    whole = make_batch([3, 1, 2, 5], seed=1, ignore=ignore)
     reference, sums = gradients([whole], pairs=11, samples=4)
     edges = np.cumsum([0, *split])
     parts = [rows(whole, slice(a, b)) for a, b in pairwise(edges)]
     found, split_sums = gradients(parts, pairs=11, samples=4)
     torch.testing.assert_close(found, reference)
     torch.testing.assert_close(split_sums.packed(), sums.packed())
+
+
+def test_voxels_that_nobody_annotated_do_not_count():
+    """A sample with ignored voxels has the loss of one that never had them."""
+    whole = make_batch([3], seed=4, ignore=6)
+    kept = (whole.label[0] != 6).flatten()
+    assert 0 < kept.sum() < kept.numel()
+    n = int(kept.sum())
+    cut = rows(whole, slice(0, 1)).__dict__ | {
+        "image": whole.image.flatten(2)[:, :, kept].view(1, 1, 1, 1, n),
+        "label": whole.label.flatten(1)[:, kept].view(1, 1, 1, n),
+    }
+    model, losses = TinyModel(), []
+    for batch in (whole, Batch(**cut)):
+        step = StepBatch(0, [batch], 3, 0, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        loss_fn = StepLoss(
+            LossConfig(overlap="dice", modality_weight=0), step, LossSums.zeros(TASKS, torch.device("cpu")), null_column=False
+        )
+        losses.append(loss_fn(model, batch))
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_filler_samples_change_nothing():
