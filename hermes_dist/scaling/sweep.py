@@ -132,5 +132,7 @@ def _name(changed: dict[str, Any], ranks: int) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ".".join(map(_plain, value))
     text = value if isinstance(value, str) else json.dumps(value)
     return "".join(c if c.isalnum() or c in ".+" else "_" for c in text).strip("_")
