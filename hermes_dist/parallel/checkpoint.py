@@ -38,6 +38,7 @@ from hermes_dist.parallel.fragments import (
 )
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.parallel.snapshot import Snapshot, restore_random, restore_snapshot, take_snapshot
+from hermes_dist.telemetry.telemetry import Telemetry
 
 FORMAT = 1
 _POLL_S = 0.02
@@ -102,6 +103,8 @@ class Checkpointer:
         self._error: HermesError | OSError | None = None
         self.last_written: Path | None = None
         """The newest checkpoint that this process wrote to the end (rank 0)."""
+        self.telemetry: Telemetry | None = None
+        """Where durations, size, age and failures are reported."""
 
     def save(self, engine: Engine, state: dict[str, Any], step: int) -> None:
         """Write a checkpoint of `engine` and the JSON-able `state` of the caller, as `step_{step:08d}`.
@@ -111,6 +114,7 @@ class Checkpointer:
         Raises:
             CheckpointError: the previous write failed, or the other ranks did not finish theirs in time.
         """
+        began = time.perf_counter()
         self.finish()
         token = self._runtime.broadcast_int(secrets.randbits(40))
         temporary = self._root / f".tmp-step_{step:08d}-{token:010x}"
@@ -124,6 +128,10 @@ class Checkpointer:
         job.start()
         if not self._config.background:
             self.finish()
+        if self.telemetry is not None:
+            seconds = time.perf_counter() - began
+            self.telemetry.observe("hermes_checkpoint_duration_seconds", seconds, phase="snapshot")
+            self.telemetry.observe("hermes_step_part_seconds", seconds, part="checkpoint")
 
     def finish(self) -> None:
         """Wait until the checkpoint under way is complete on the disk. Raises CheckpointError if it could not be written."""
@@ -183,6 +191,7 @@ class Checkpointer:
         return index["state"]
 
     def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int) -> None:
+        began = time.perf_counter()
         try:
             name = f"rank_{self._runtime.rank:05d}.safetensors"
             entry: dict[str, Any] = dict(write_tensors(temporary / name, snapshot.tensors))
@@ -190,16 +199,21 @@ class Checkpointer:
             write_bytes(temporary / f"{name}.json", json.dumps(entry).encode())
             if self._runtime.rank == 0:
                 self._commit(temporary, snapshot.common, state, step)
+            if self.telemetry is not None:
+                self.telemetry.observe("hermes_checkpoint_duration_seconds", time.perf_counter() - began, phase="write")
         except (HermesError, OSError) as error:
             self._error = error
+            if self.telemetry is not None:
+                self.telemetry.add("hermes_checkpoint_failures_total")
 
     def _commit(self, temporary: Path, common: dict[str, Any], state: dict[str, Any], step: int) -> None:
         names = [f"rank_{rank:05d}.safetensors" for rank in range(self._runtime.world_size)]
         files = {name: _await_json(temporary / f"{name}.json", self._runtime.limit_s) for name in names}
+        now = time.time()
         index = {
             "format": FORMAT,
             "step": step,
-            "time": time.time(),
+            "time": now,
             "world_size": self._runtime.world_size,
             "common": common,
             "state": state,
@@ -217,6 +231,10 @@ class Checkpointer:
         sync_directory(self._root)
         write_bytes(self._root / "latest", f"{final.name}\n".encode())
         self.last_written = final
+        if self.telemetry is not None:
+            self.telemetry.set("hermes_checkpoint_timestamp_seconds", now)
+            self.telemetry.set("hermes_checkpoint_step", step)
+            self.telemetry.set("hermes_checkpoint_size_bytes", sum(entry["bytes"] for entry in files.values()))
         prune(self._root, self._config)
 
 

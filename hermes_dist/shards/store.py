@@ -67,6 +67,7 @@ class ShardStore:
         collection: task table, preprocessing, digest.
         manifest: the cases.
         counters: what reading has cost so far.
+        cache: the disk cache in front of a remote store, or None.
 
     Raises:
         StoreError, CorruptShardError: the manifest is missing or does not match the collection.
@@ -76,6 +77,7 @@ class ShardStore:
         self, origin: Storage, cache: DiskCache | None, collection: Collection, form: CaseFormat, reopen: tuple[Any, ...]
     ) -> None:
         self._origin = origin
+        self.cache = cache
         self._storage = CachedStorage(origin, cache) if cache is not None else origin
         self._form = form
         self._reopen = reopen

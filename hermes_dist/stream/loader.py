@@ -25,8 +25,9 @@ from hermes_dist.stream.batch import Collator, StepBatch, local_part, micro_batc
 from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.prepare import build_reader
 from hermes_dist.stream.quarantine import Quarantine
-from hermes_dist.stream.reader import Reader, Sample, Store
+from hermes_dist.stream.reader import IO, Reader, Sample, Store
 from hermes_dist.tasks import TaskTable
+from hermes_dist.telemetry.metrics import METRICS
 from hermes_dist.telemetry.telemetry import Telemetry
 
 POLL_S = 0.5
@@ -35,6 +36,7 @@ AUTO_STEPS = 50
 AUTO_SHARE = 0.05
 """`augment.where = auto`: after so many steps, a larger share of waiting moves the augmentation to the training device."""
 CAUSES = ("storage", "decode", "augment", "transfer", "queue")
+IO_COUNTERS = dict(zip(IO, ("hermes_read_bytes_total", "hermes_cache_hits_total", "hermes_cache_misses_total"), strict=True))
 
 
 class Source(Protocol):
@@ -47,7 +49,7 @@ class Source(Protocol):
         ...
 
     def gauges(self) -> dict[str, float]:
-        """Values for metrics, by metric name."""
+        """Values for metrics, by metric name; a counter's is its total so far."""
         ...
 
     def close(self) -> None:
@@ -121,11 +123,14 @@ class Stream:
         self._thread = threading.Thread(target=self._feed, name="stream-feeder", daemon=True)
         self._telemetry: Telemetry | None = None
         self._notes: list[dict[str, Any]] = []
+        self._totals: dict[str, float] = {}
         self._judged, self._judge_wait_s, self._judge_from = 0, 0.0, 0.0
 
     def start(self, notes: list[dict[str, Any]], telemetry: Telemetry | None) -> None:
         """Begin to read; `notes` become events of the first step."""
         self._notes, self._telemetry = list(notes), telemetry
+        if telemetry is not None and (caches := [s.cache for s in self._reader.stores if s.cache is not None]):
+            telemetry.watch("hermes_cache_used_bytes", lambda: float(caches[0].counted_bytes()))  # they share one folder
         self._progress = time.monotonic()
         self._thread.start()
 
@@ -163,7 +168,7 @@ class Stream:
         self._notes = []
         self._decide_place(wait_s)
         self._step = batch.step + 1
-        self._report(parts_s)
+        self._report(item)
         return batch
 
     def _decide_place(self, wait_s: float) -> None:
@@ -250,26 +255,31 @@ class Stream:
             events=events,
             unreadable=unreadable,
         )
-        return _Ready(batch, parts_s)
+        return _Ready(batch, parts_s, {name: sum(s.io.get(name, 0) for s in mine) for name in IO})
 
-    def _report(self, parts_s: dict[str, float]) -> None:
+    def _report(self, item: _Ready) -> None:
         if self._telemetry is None:
             return
         for stage in ("storage", "decode", "augment", "transfer"):
-            self._telemetry.add("hermes_sample_stage_seconds_total", parts_s[stage], stage=stage)
+            self._telemetry.add("hermes_sample_stage_seconds_total", item.parts_s[stage], stage=stage)
+        for name, metric in IO_COUNTERS.items():
+            self._telemetry.add(metric, item.io[name])
         local = max(-(-self._config.train.global_batch // self._world_size), 1)
         self._telemetry.set("hermes_ready_samples", self._ready.qsize() * local)
         self._telemetry.set("hermes_queue_limit_samples", self._ready.maxsize * local)
         for name, value in self._source.gauges().items():
-            self._telemetry.set(name, value)
+            if METRICS[name].kind == "counter":
+                self._telemetry.add(name, max(value - self._totals.get(name, 0.0), 0.0))
+                self._totals[name] = value
+            else:
+                self._telemetry.set(name, value)
 
 
 class _Ready:
-    """A finished step and the seconds its samples spent in each stage."""
+    """A finished step, the seconds its samples spent in each stage, and what their reading took (IO)."""
 
-    def __init__(self, batch: StepBatch, parts_s: dict[str, float]) -> None:
-        self.batch = batch
-        self.parts_s = parts_s
+    def __init__(self, batch: StepBatch, parts_s: dict[str, float], io: dict[str, int]) -> None:
+        self.batch, self.parts_s, self.io = batch, parts_s, io
 
 
 def attribute_wait(wait_s: float, parts_s: dict[str, float], n_samples: int) -> dict[str, float]:

@@ -35,6 +35,7 @@ from hermes_dist.config import StreamConfig
 from hermes_dist.errors import HermesError, StreamError, WaitTimeoutError
 from hermes_dist.stream.inline_source import read_run
 from hermes_dist.stream.ray_cluster import Cluster, local_place, quiet_ray
+from hermes_dist.stream.ray_gauges import ClusterGauges
 from hermes_dist.stream.reader import Reader, Sample
 from hermes_dist.volume.augment import Draw
 
@@ -76,6 +77,9 @@ class RaySource:
         self._workers = max(config.workers, config.max_workers or 0)
         self._sample_bytes = int(np.prod(reader.patch)) * 6
         self._kill_dir = tempfile.mkdtemp(prefix="hermes-chaos-") if config.faults.chaos.get("kill") else None
+        # One rank speaks for a cluster: the first of the host, or of the run where the cluster is not ours.
+        self._speaks = self._place[0] == 0 if config.ray_address == "local" else rank == 0
+        self._gauges: ClusterGauges | None = None
         self._cluster: Cluster | None = None
         self._reader_ref: Any = None
         self._lock = threading.Lock()
@@ -121,11 +125,8 @@ class RaySource:
                 self._reader_ref = self._send_reader()
 
     def gauges(self) -> dict[str, float]:
-        """Workers and object store, by metric name."""
-        return {
-            "hermes_ray_workers": float(self._workers),
-            "hermes_object_store_limit_bytes": float(self._config.object_store_mib << 20),
-        }
+        """Workers and object store, by metric name, on the rank that speaks for the cluster; empty until Ray has started."""
+        return self._gauges.values() if self._gauges is not None else {}
 
     def close(self) -> None:
         """Stop the pipelines and leave (or end) the cluster. The iterator must be closed before: Ray stops what nobody reads.
@@ -154,6 +155,8 @@ class RaySource:
         self._following = Future()
         with self._lock:
             cluster, self._cluster, self._reader_ref = self._cluster, None, None
+        if self._gauges is not None:
+            self._gauges.stop()
         if cluster is not None:
             cluster.close()
 
@@ -165,6 +168,7 @@ class RaySource:
             self._cluster = cluster
             if not self._closed.is_set():
                 self._reader_ref = self._send_reader()
+                self._gauges = ClusterGauges() if self._speaks else None
 
     def _send_reader(self) -> Any:
         sent = copy.copy(self._reader)
@@ -291,6 +295,7 @@ def encode_block(sample: Sample) -> Block:
         "numbers": numbers,
         "patch_start": sample.patch_start,
         "parts_s": sample.parts_s,
+        "io": sample.io,
         "events": sample.events,
     }
     return _block(header, sample.image, sample.label)

@@ -27,6 +27,8 @@ from hermes_dist.volume import augment
 
 _JITTER = 7
 _NOTHING = np.zeros(0, np.int32)
+IO = ("bytes_read", "cache_hits", "cache_misses")
+"""Counters of a store that are followed to the sample."""
 MAX_PAUSE_S = 30.0
 
 
@@ -40,7 +42,12 @@ class Store(Protocol):
 
     @property
     def counters(self) -> Any:
-        """`decode_s`: seconds spent on decoding so far."""
+        """`decode_s`: seconds spent on decoding so far; `bytes_read`, `cache_hits`, `cache_misses`."""
+        ...
+
+    @property
+    def cache(self) -> Any:
+        """The disk cache of a remote store (`counted_bytes()`), or None."""
         ...
 
     def read_crop(
@@ -67,6 +74,8 @@ class Sample:
     numbers: augment.Draw | None = None
     patch_start: Vox3 = (0, 0, 0)
     parts_s: dict[str, float] = field(default_factory=dict[str, float])
+    io: dict[str, int] = field(default_factory=dict[str, int])
+    """What its reading took of the store's counters: IO."""
     events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
@@ -163,10 +172,12 @@ class Reader:
             )
             scale = entry.image_step if box.stored else 1.0
         begin, decoded_before_s = time.perf_counter(), store.counters.decode_s
+        before = {name: getattr(store.counters, name) for name in IO}
         image, label = self._read_box(case, entry, box, position=position, events=events)
         read, decode_s = time.perf_counter(), store.counters.decode_s - decoded_before_s
         patch_start = (start[0] - box.start[0], start[1] - box.start[1], start[2] - box.start[2])
         sample = Sample(position, dataset, case, identity(*self._name(case), start), image, label, numbers, patch_start)
+        sample.io = {name: getattr(store.counters, name) - count for name, count in before.items()}
         if self.augment_here:
             finish(sample, self.patch, scale)
         sample.parts_s = {

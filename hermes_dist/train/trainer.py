@@ -82,7 +82,11 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     telemetry = Telemetry(config.run_dir, config.monitor, runtime.rank, runtime.world_size, config.run.name)
     telemetry.resume(state.step)
     telemetry.declare(tasks)
-    telemetry.extend(Utilisation(config, tasks, torch.cuda.get_device_name() if runtime.device.type == "cuda" else None))
+    used = Utilisation(config, tasks, torch.cuda.get_device_name() if runtime.device.type == "cuda" else None)
+    telemetry.extend(used)
+    if used.peak:
+        telemetry.set("hermes_device_peak_flops", used.peak)
+    checkpointer.telemetry = telemetry
     telemetry.set("hermes_run_info", 1, world_size=str(runtime.world_size), device=str(runtime.device), commit=git_commit() or "")
     telemetry.set("hermes_max_steps", config.train.max_steps)
     telemetry.set("hermes_parameters", sum(p.numel() for p in model.parameters() if p.requires_grad))
@@ -102,8 +106,6 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                 due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
                 if stop or due or state.step == config.train.max_steps:
                     checkpointer.save(engine, asdict(state), state.step)
-                    telemetry.set("hermes_checkpoint_timestamp_seconds", time.time())
-                    telemetry.set("hermes_checkpoint_step", state.step)
                 if stop or state.step == config.train.max_steps:
                     break
         checkpointer.finish()
