@@ -2,6 +2,7 @@
 
 Examples:
   python launch/evaluate.py --run runs/demo --split test
+  python launch/evaluate.py --run runs/demo --split val --loss 128
   python launch/evaluate.py --run runs/demo --raw demo_data/seed7/collection.json
   torchrun --nproc-per-node 8 -- launch/evaluate.py --run runs/large evaluate.overlap=0.75
 """
@@ -21,6 +22,7 @@ from data_tools.references import RawReferences
 from hermes_dist.errors import exit_on_error
 from hermes_dist.parallel import runtime
 from hermes_dist.train.evaluate import Job, evaluate
+from hermes_dist.train.held_out import held_out_loss, write_held_out
 from hermes_dist.train.predict import load_run, use_cores
 from hermes_dist.train.report_scores import show
 from hermes_dist.train.run_directory import open_stores
@@ -31,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="run directory of launch/train.py or launch/import_published.py")
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
     parser.add_argument("--raw", type=Path, help="collection file: score on the scans' own grids against the raw labels")
+    parser.add_argument("--loss", type=int, metavar="N", help="only the loss, over N random patches → evaluation/SPLIT_loss.json")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -46,6 +49,10 @@ def main() -> int:
         use_cores(args.threads)
         session = runtime.start(run.config) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
         stores, _, _ = open_stores(run.config)
+        if args.loss:
+            result = held_out_loss(run, stores, args.split, args.loss)
+            console.print(f"loss {result['loss']:.4f} over {result['samples']} patches: wrote {write_held_out(run, result)}")
+            return 0
         references = RawReferences(args.raw) if args.raw else None
         job = Job(args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:

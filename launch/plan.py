@@ -13,8 +13,8 @@ from rich.console import Console
 from hermes_dist.config import find_config, load_config
 from hermes_dist.errors import exit_on_error
 from hermes_dist.scaling.communication import Cluster
+from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.devices import DEVICES, LINKS, find_device
-from hermes_dist.scaling.model_costs import Request
 from hermes_dist.scaling.plan_text import print_plan, print_simulation
 from hermes_dist.scaling.planning import Assumptions, make_plan
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 
-from sweep_backends import BACKENDS, LiveTable, evaluate_members, write_results
+from sweep_backends import BACKENDS, LiveTable, write_results, write_text
 
 from hermes_dist.config import find_config
 from hermes_dist.errors import ConfigError, exit_on_error
@@ -19,15 +20,14 @@ from hermes_dist.scaling.sweep import SweepConfig, members, read_sweep
 from hermes_dist.scaling.sweep_report import report
 from hermes_dist.scaling.sweep_results import read_state, result_row
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs"
-TRAIN = ROOT / "launch" / "train.py"
+TRAIN = Path(__file__).resolve().with_name("train.py")
+CONFIGS = TRAIN.parent.parent / "configs"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a sweep file: a path, or a name in configs/sweeps/")
-    parser.add_argument("--backend", choices=sorted(BACKENDS), help="where members run (default: as the file says)")
+    parser.add_argument("--config", required=True, help="a path, or a name in configs/sweeps/")
+    parser.add_argument("--backend", choices=sorted(BACKENDS), help="default: as the file says")
     parser.add_argument("--member", type=int, help="run this one only (a Slurm array passes its task id)")
     parser.add_argument("--list", action="store_true", help="list the members and stop")
     parser.add_argument("--report-only", action="store_true", help="results and report of what is there")
@@ -50,26 +50,29 @@ def with_overrides(sweep: SweepConfig, pairs: list[str]) -> SweepConfig:
 
 def main() -> int:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running members are stopped, and resume next time
     with exit_on_error():
         sweep = with_overrides(read_sweep(find_config(args.config, CONFIGS / "sweeps")), args.overrides)
         chosen = everyone = members(sweep, CONFIGS)
         if args.list:
-            print("\n".join(f"{m.index:>4}  {m.name}" for m in everyone))
-            return 0
+            return print("\n".join(f"{m.index:>4}  {m.name}" for m in everyone)) or 0
         if args.member is not None:
             if not 0 <= args.member < len(everyone):
                 raise ConfigError(f"--member {args.member}: the sweep has members 0 to {len(everyone) - 1}")
             chosen = [everyone[args.member]]
         if not args.report_only:
             table = LiveTable(sweep, chosen)
-            BACKENDS["local" if args.member is not None else args.backend or sweep.backend](sweep, chosen, TRAIN, table.update)
-            evaluate_members(sweep, chosen)
-            table.close()
+            try:
+                BACKENDS["local" if args.member is not None else args.backend or sweep.backend](
+                    sweep, chosen, TRAIN, table.update
+                )
+            finally:
+                table.close()
         states = {member.name: read_state(member) for member in everyone}
         rows = [result_row(member, states[member.name], sweep) for member in everyone]
         folder = Path(sweep.output_dir) / sweep.name
         write_results(folder / "results.parquet", rows)
-        (folder / "report.html").write_text(report(sweep, everyone, rows, shlex.join(["python", *sys.argv])))
+        write_text(folder / "report.html", report(sweep, everyone, rows, shlex.join(["python", *sys.argv])))
         print(f"wrote {folder / 'results.parquet'} and {folder / 'report.html'}")
     return 0 if all(state.state in ("done", "diverged") for state in states.values()) else 1
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from hermes_dist.config import MonitorConfig
+from hermes_dist.errors import UsageError
 from hermes_dist.scaling.sweep import Member, SweepConfig
-from hermes_dist.scaling.sweep_results import State, read_state, result_row
+from hermes_dist.scaling.sweep_results import State, law_values, read_state, result_row, write_state
 from hermes_dist.scaling.sweep_runner import Runner, to_run
+from hermes_dist.telemetry.jsonl import last_row
 from hermes_dist.telemetry.telemetry import Telemetry
 
 Update = Callable[[dict[str, State]], None]
@@ -25,12 +30,16 @@ Backend = Callable[[SweepConfig, Sequence[Member], Path, Update], None]
 
 
 class LiveTable:
-    """A table on the terminal, a line per change elsewhere; the same numbers as metrics for the dashboard *Scaling studies*."""
+    """A live table on the terminal, a line per change elsewhere; the same numbers as metrics for *Scaling studies*."""
 
     def __init__(self, sweep: SweepConfig, members: Sequence[Member]) -> None:
         self._sweep, self._members, self._last = sweep, {m.name: m for m in members}, dict[str, str]()
-        self._console = Console()
+        self._rows: dict[str, dict[str, Any]] = {}
         self._telemetry = Telemetry(Path(sweep.output_dir) / sweep.name, MonitorConfig(), run_name=sweep.name)
+        console = Console()
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        if self._live:
+            self._live.start()
 
     def update(self, states: dict[str, State]) -> None:
         """Called about once a second."""
@@ -38,42 +47,63 @@ class LiveTable:
         for name in ("waiting", "running", "done", "diverged", "failed"):
             self._telemetry.set("hermes_sweep_runs", counts[name], state=name)
         changed = {name: state for name, state in states.items() if self._last.get(name) != state.state}
-        for name, state in changed.items():
-            self._last[name] = state.state
-            if state.state in ("done", "diverged"):
-                self._export(name, state)
-        if changed:
-            self._print(states, changed)
+        ended = [name for name, state in changed.items() if state.state in ("done", "diverged")]
+        self._last |= {name: state.state for name, state in changed.items()}
+        for name in ended:
+            self._rows[name] = result_row(self._members[name], states[name], self._sweep)
+            self._export(name)
+        if ended:
+            self._export_law()
+        if self._live:
+            self._live.update(self._table(states), refresh=True)
+        else:
+            for name, state in changed.items():
+                print(f"{name}: {state.state} {state.reason}".rstrip(), flush=True)
 
     def close(self) -> None:
-        """End the endpoint."""
+        """End the table and the endpoint."""
+        if self._live:
+            self._live.stop()
         self._telemetry.close()
 
-    def _export(self, name: str, state: State) -> None:
-        row = result_row(self._members[name], state, self._sweep)
+    def _export(self, name: str) -> None:
+        row = self._rows[name]
         if row["loss"] is not None:
             labels = {"member": name, "parameters": str(row["parameters"]), "samples": str(row["samples"])}
             self._telemetry.set("hermes_sweep_loss", row["loss"], **labels)
         if row["samples_per_s"] is not None:
-            mode = f"ZeRO-{row['zero_stage']}"
-            self._telemetry.set(
-                "hermes_sweep_samples_per_second", row["samples_per_s"], member=name, ranks=str(row["ranks"]), mode=mode
-            )
+            labels = {"member": name, "ranks": str(row["ranks"]), "mode": f"ZeRO-{row['zero_stage']}"}
+            self._telemetry.set("hermes_sweep_samples_per_second", row["samples_per_s"], **labels)
 
-    def _print(self, states: dict[str, State], changed: dict[str, State]) -> None:
-        if not self._console.is_terminal:
-            for name, state in changed.items():
-                print(f"{name}: {state.state} {state.reason}".rstrip(), flush=True)
-            return
+    def _export_law(self) -> None:
+        """The fit over what is there, with a quick bootstrap; the report's own is thorough."""
+        rows = list(self._rows.values())
+        for (parameter, bound), value in law_values(rows, self._sweep.study, bootstrap=40).items():
+            self._telemetry.set("hermes_law_value", value, law=self._sweep.study, parameter=parameter, bound=bound)
+
+    def _table(self, states: dict[str, State]) -> Table:
         table = Table(title=f"sweep {self._sweep.name}")
-        for column in ("member", "state", "tries", "loss", "samples/s", "reason"):
+        for column in ("member", "state", "tries", "step", "loss", "samples/s", "reason"):
             table.add_column(column)
         for name, state in states.items():
-            row = result_row(self._members[name], state, self._sweep) if state.state != "waiting" else {}
+            row = self._rows.get(name) or (last_row(self._members[name].metrics) if state.state == "running" else None) or {}
+            steps = row.get("steps", row.get("step"))
             numbers = [f"{row[key]:.4g}" if row.get(key) is not None else "" for key in ("loss", "samples_per_s")]
-            table.add_row(name, state.state, str(state.tries), *numbers, state.reason)
-        self._console.clear()
-        self._console.print(table)
+            table.add_row(name, state.state, str(state.tries), "" if steps is None else str(steps), *numbers, state.reason)
+        return table
+
+
+def unfinished(sweep: SweepConfig, members: Sequence[Member]) -> list[Member]:
+    """Members that have something left to do."""
+    return [m for m in members if to_run(read_state(m), m.results(sweep)).state == "waiting"]
+
+
+def without_backend(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments without `--backend NAME`."""
+    kept = [a for a in arguments if not a.startswith("--backend=")]
+    if "--backend" in kept:
+        del kept[(at := kept.index("--backend")) : at + 2]
+    return kept
 
 
 def run_local(sweep: SweepConfig, members: Sequence[Member], train: Path, update: Update) -> None:
@@ -84,37 +114,52 @@ def run_local(sweep: SweepConfig, members: Sequence[Member], train: Path, update
 def run_on_ray(sweep: SweepConfig, members: Sequence[Member], train: Path, update: Update) -> None:
     """One Ray task a member, each with as many CPUs as ranks; the run directories must be on a shared file system."""
     import ray  # here, so that a local sweep does not start it
+    from ray.exceptions import RayError
 
-    ray.init(address="auto", log_to_driver=False)
+    if not ray.is_initialized():
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
+        except ConnectionError as error:
+            raise UsageError(f"no Ray cluster: {error}; start one with `ray start --head`, or set RAY_ADDRESS") from None
 
     def work(member: Member) -> None:
         Runner(sweep, [member], train, lambda _: None).run()
 
     task: Any = ray.remote(max_retries=0)(work)
-    waiting = [m for m in members if to_run(read_state(m)).state == "waiting"]
-    pending: list[Any] = []
+    waiting, lost = unfinished(sweep, members), Counter[str]()
+    pending: dict[Any, Member] = {}
     while waiting or pending:
         while waiting and len(pending) < sweep.at_once:
             member = waiting.pop(0)
-            pending.append(task.options(num_cpus=member.ranks).remote(member))
-        ready, pending = ray.wait(pending, timeout=5)
-        ray.get(ready)
-        update({m.name: read_state(m) for m in members})
+            pending[task.options(num_cpus=member.ranks).remote(member)] = member
+        ready, _ = ray.wait(list(pending), timeout=2)
+        for done in ready:
+            member = pending.pop(done)
+            try:
+                ray.get(done)
+            except RayError as error:  # its node or worker died: somewhere else it resumes from its checkpoint
+                lost[member.name] += 1
+                if lost[member.name] <= sweep.retries:
+                    waiting.append(member)
+                else:
+                    write_state(member, State("failed", lost[member.name], f"Ray: {error}".splitlines()[0]))
+        running = {member.name for member in pending.values()}
+        update({m.name: replace(read_state(m), state="running") if m.name in running else read_state(m) for m in members})
 
 
 def write_slurm(sweep: SweepConfig, members: Sequence[Member], train: Path, update: Update) -> None:
     """Write an array job, one task a member; nothing is submitted. Array tasks that died are submitted again by their index."""
-    waiting = [m for m in members if to_run(read_state(m)).state == "waiting"]
+    waiting = unfinished(sweep, members)
     folder = Path(sweep.output_dir) / sweep.name
     folder.mkdir(parents=True, exist_ok=True)
-    command = " ".join(sys.argv[1:]).replace("--backend slurm", "").strip()
+    command = shlex.join([sys.executable, str(train.with_name("sweep.py")), *without_backend(sys.argv[1:])])
     indices = ",".join(str(m.index) for m in waiting)
     script = folder / "array.sbatch"
     script.write_text(
         f"#!/bin/bash\n#SBATCH --job-name={sweep.name}\n#SBATCH --array={indices}%{sweep.at_once}\n"
         f"#SBATCH --ntasks=1\n#SBATCH --cpus-per-task={max((m.ranks for m in members), default=1)}\n"
-        f"#SBATCH --output={folder}/slurm-%a.txt\ncd {train.parent.parent}\n"
-        f"{sys.executable} launch/sweep.py {command} --member $SLURM_ARRAY_TASK_ID\n"
+        f"#SBATCH --output={folder}/slurm-%a.txt\n#SBATCH --signal=TERM@120\n"
+        f"cd {shlex.quote(str(Path.cwd()))}\nexec {command} --member $SLURM_ARRAY_TASK_ID\n"
     )
     update({m.name: read_state(m) for m in members})
     print(f"wrote {script}; submit it with: sbatch {script}")
@@ -123,18 +168,16 @@ def write_slurm(sweep: SweepConfig, members: Sequence[Member], train: Path, upda
 BACKENDS: dict[str, Backend] = {"local": run_local, "ray": run_on_ray, "slurm": write_slurm}
 
 
-def evaluate_members(sweep: SweepConfig, members: Sequence[Member]) -> None:
-    """Evaluate finished members that were not evaluated yet, if the sweep asks for it."""
-    for member in members if sweep.evaluate else ():
-        done = read_state(member).state == "done" and not (member.run_dir / "evaluation" / f"{sweep.evaluate}.json").exists()
-        if done:
-            script = str(Path(__file__).with_name("evaluate.py"))
-            subprocess.run([sys.executable, script, "--run", str(member.run_dir), "--split", str(sweep.evaluate)], check=False)
-
-
 def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All members as parquet, written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is the old one or complete: array tasks that end together write the same report."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text)
     temporary.replace(path)

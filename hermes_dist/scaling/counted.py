@@ -1,17 +1,17 @@
 """FLOPs of any model, measured on the real module with torch's FLOP counter.
 
 Each model here costs a constant (tokens) plus a multiple of the patch's voxels, so two small patches give the line, and no
-128³ patch has to be computed on a laptop. Attention should be the plain formula (`model.attention = "reference"`): the counter
-does not know the fused CPU kernel.
+128³ patch has to be computed on a laptop.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 from hermes_dist.config import Vox3
 
@@ -20,8 +20,32 @@ def _onednn_flops(x: list[int], weight: list[int], *_: object, out_shape: list[i
     return conv_flop_count(x, weight, out_shape)
 
 
-UNKNOWN = {torch.ops.aten.mkldnn_convolution: _onednn_flops}
-"""Operators of the models that the counter does not know."""
+def _backward_flops(grad: list[int], x: list[int], weight: list[int], *options: Any, **_: object) -> int:
+    """Each gradient of a convolution costs what the convolution does.
+
+    torch 2.13 itself counts the weight gradient of a grouped convolution as if it had one group.
+    """
+    transposed, mask = options[4], options[7]
+    data = conv_flop_count(grad, weight, x, not transposed) if mask[0] else 0
+    return data + (conv_flop_count(x, weight, grad, transposed) if mask[1] else 0)
+
+
+def _attention_flops(q: list[int], k: list[int], v: list[int], *_: object, **__: object) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flops(_: list[int], q: list[int], k: list[int], v: list[int], *__: object, **___: object) -> int:
+    """Without the similarity that the fused kernel computes again: model FLOPs do not count recomputation."""
+    return 2 * sdpa_flop_count(q, k, v)
+
+
+UNKNOWN = {
+    torch.ops.aten.mkldnn_convolution: _onednn_flops,
+    torch.ops.aten.convolution_backward: _backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""Operators of the models that the counter does not know, or counts wrongly."""
 
 
 def counted_flops(model: nn.Module, patch_vox_zyx: Vox3, columns: int, *, training: bool = True) -> int:

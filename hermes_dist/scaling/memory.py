@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hermes_dist.config import ModelConfig
-from hermes_dist.scaling.model_costs import Layer, Request, layers
+from hermes_dist.scaling.cost_layers import Layer, Request
+from hermes_dist.scaling.model_costs import layers
 
 MODES = ("none", "selective", "blocks", "full")
 OVERHEAD_BYTES = 2 * 2**30

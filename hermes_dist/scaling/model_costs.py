@@ -1,7 +1,7 @@
-"""Parameters, FLOPs and kept activations of the ResUNet models, layer by layer, from the configuration alone.
+"""Parameters, FLOPs and kept activations of Hermes-R, Hermes-M and their bare backbones, layer by layer, from the configuration.
 
-Sources: facts on the published Hermes-R (stages, fusion, heads) and the paper's section 3. A second implementation, on purpose:
-the tests compare it with the parameters of the real model, with torch's FLOP counter and with the tensors that autograd
+Sources: facts on the published models (stages, fusion, heads) and the paper's section 3. A second implementation, on purpose:
+the tests compare it with the parameters of the real models, with torch's FLOP counter and with the tensors that autograd
 keeps. Two operations per multiply-add. Norms, activations, pooling and upsampling are not counted as FLOPs (below 1 %).
 What it does not do: other backbones; `counted.py` measures those on the real module.
 """
@@ -10,105 +10,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from hermes_dist.config import ModelConfig, Vox3
+from hermes_dist.config import ModelConfig
 from hermes_dist.errors import ConfigError
+from hermes_dist.scaling.cost_layers import PLACE_LEVELS, WIDTHS, Layer, Request, pool, residual, stem, token_count
+from hermes_dist.scaling.medformer_costs import HEAD_WIDTH, aux_voxels, medformer_layers
 
-WIDTHS = (1, 2, 4, 8, 10)
-PLACE_LEVELS = {"enc4": 2, "enc8": 3, "enc16": 4, "dec8": 3, "dec4": 2}
 FUSION_DEPTH = {"enc4": 2, "enc8": 2, "enc16": 4, "dec8": 2, "dec4": 2}
-HEAD_WIDTH = 32
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One unit of recomputation and counting.
-
-    `flops` of one forward pass of one sample; `backward` = FLOPs of the backward pass over those of the forward pass (2, or 1
-    where the input needs no gradient); `redo_flops` = what mode `selective` computes again; `kept` = elements that autograd keeps
-    without checkpointing, `kept_selective` with it; `output` = elements of the result; `unit` = residual, fusion, head, input.
-    """
-
-    name: str
-    unit: str
-    parameters: int
-    flops: int
-    output: int
-    kept: int = 0
-    kept_selective: int = 0
-    redo_flops: int = 0
-    backward: int = 2
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a sample asks of the model: patch in voxels (Z Y X), task columns, and the sizes of the prior tables."""
-
-    patch_vox_zyx: Vox3
-    columns: int
-    n_tasks: int
-    n_modalities: int
 
 
 def layers(config: ModelConfig, request: Request) -> list[Layer]:
     """All layers in forward order. Raises ConfigError for a backbone without a formula."""
-    if config.backbone != "resunet":
+    if config.backbone not in ("resunet", "medformer"):
         raise ConfigError(
             f"model.backbone = {config.backbone!r} has no cost formula; use hermes_dist.scaling.counted on the built model"
         )
-    fused = config.method == "hermes"
-    places = [p for p in PLACE_LEVELS if p in config.priors.scales] if fused else []
-    b2, b4, b8, b16 = config.blocks
+    places = [p for p in PLACE_LEVELS if p in config.priors.scales] if config.method == "hermes" else []
+    voxels = [math.prod(side // 2**level for side in request.patch_vox_zyx) for level in range(5)]
     width = [config.base_channels * w for w in WIDTHS]
-    voxels = [
-        math.prod(-(-side // 2**level) if level == 0 else side // 2**level for side in request.patch_vox_zyx)
-        for level in range(5)
-    ]
-    result = [
-        Layer(
-            "stem.conv",
-            "input",
-            27 * width[0],
-            2 * 27 * width[0] * voxels[0],
-            width[0] * voxels[0],
-            (1 + width[0]) * voxels[0],
-            (1 + width[0]) * voxels[0],
-            backward=1,
-        ),
-        *_residual("stem", width[0], width[0], 1, voxels[0]),
-    ]
+    posterior = sum(width[PLACE_LEVELS[p]] for p in places)
+    if config.backbone == "medformer":
+        backbone = medformer_layers(config, places, request, voxels)
+        aux = [_head("aux_head", config, request, posterior, width[2], aux_voxels(voxels))]
+    else:
+        backbone, aux = _resunet(config, places, request, width, voxels), []
+    modality = [_modality_head(request, posterior)] if places and config.priors.modality else []
+    return [*backbone, _head("head", config, request, posterior, width[0], voxels[0]), *aux, *modality]
+
+
+def _resunet(config: ModelConfig, places: list[str], request: Request, width: list[int], voxels: list[int]) -> Iterator[Layer]:
+    b2, b4, b8, b16 = config.blocks
+    yield from stem(width[0], voxels[0])
     for level, blocks in enumerate((b2, b4, b8, b16), start=1):
         pooled = width[level - 1] * voxels[level]
         # Max pooling keeps the position of each maximum as int64: two float32 elements per pooled value, and the value itself.
-        result.append(Layer(f"down{level}.pool", "residual", 0, 0, pooled, 3 * pooled, 3 * pooled))
-        result += _residual(f"down{level}", width[level - 1], width[level], blocks, voxels[level])
-        result += _fusion({2: "enc4", 3: "enc8", 4: "enc16"}.get(level), places, config, request, width[level], voxels[level])
+        yield Layer(f"down{level}.pool", "residual", 0, 0, pooled, 3 * pooled, 3 * pooled)
+        yield from residual(f"down{level}", width[level - 1], width[level], blocks, voxels[level])
+        yield from _fusion({2: "enc4", 3: "enc8", 4: "enc16"}.get(level), places, config, request, width[level], voxels[level])
     for level, blocks in zip((3, 2, 1, 0), (b8, b4, b2, 2), strict=True):
-        result += _residual(f"up{4 - level}", width[level] + width[level + 1], width[level], blocks, voxels[level])
-        result += _fusion({3: "dec8", 2: "dec4"}.get(level), places, config, request, width[level], voxels[level])
-    posterior = sum(width[PLACE_LEVELS[p]] for p in places)
-    result += _heads(config, request, posterior, width[0], voxels[0])
-    return result
-
-
-def _residual(name: str, in_width: int, out_width: int, blocks: int, voxels: int) -> Iterator[Layer]:
-    """Residual blocks: two convolutions and, where the width changes, a third one as the shortcut. Kept: conv1's result and "
-    "the output."""
-    for i in range(blocks):
-        wide = in_width if i == 0 else out_width
-        conv1, conv2 = 27 * wide * out_width, 27 * out_width * out_width
-        shortcut = conv1 if wide != out_width else 0
-        yield Layer(
-            f"{name}.{i}",
-            "residual",
-            conv1 + conv2 + shortcut,
-            2 * (conv1 + conv2 + shortcut) * voxels,
-            out_width * voxels,
-            kept=2 * out_width * voxels,
-            kept_selective=out_width * voxels,
-            redo_flops=2 * conv1 * voxels,
-        )
+        yield from residual(f"up{4 - level}", width[level] + width[level + 1], width[level], blocks, voxels[level])
+        yield from _fusion({3: "dec8", 2: "dec4"}.get(level), places, config, request, width[level], voxels[level])
 
 
 def _fusion(
@@ -117,10 +58,8 @@ def _fusion(
     """A prior pool and its fusion blocks: tokens read features, tokens' MLP, features read tokens, features' MLP."""
     if place is None or place not in places:
         return
-    tokens = request.columns + (config.priors.length if config.priors.modality else 0)
-    null = int(config.priors.padding == "attended")
-    modalities = request.n_modalities * config.priors.length if config.priors.modality else 0
-    yield Layer(f"{place}.pool", "input", (request.n_tasks + null + modalities) * width, 0, tokens * width)
+    tokens = token_count(config, request)
+    yield pool(place, width, config, request)
     inner = max(1, width // HEAD_WIDTH) * min(width, HEAD_WIDTH)
     halves = 2 if config.priors.direction == "bidirectional" else 1
     half = 4 * width * inner + 8 * width**2 + 12 * width
@@ -135,33 +74,21 @@ def _fusion(
         yield Layer(f"{place}.{i}", "fusion", half * halves, flops, output, kept, output, flops)
 
 
-def _heads(config: ModelConfig, request: Request, posterior: int, width: int, voxels: int) -> Iterator[Layer]:
+def _head(name: str, config: ModelConfig, request: Request, posterior: int, width: int, voxels: int) -> Layer:
+    """Logits of the asked tasks on a map: by prototypes made of posteriors, or by one channel per task."""
     columns = request.columns
-    if config.method == "traditional":
-        yield Layer(
-            "head", "head", request.n_tasks * (width + 1), 2 * columns * width * voxels, columns * voxels, width * columns
-        )
-        return
-    weights = posterior**2 + posterior * width + 2 * width**2
     logits = 2 * columns * width * voxels
-    yield Layer(
-        "head",
-        "head",
-        weights + 3 * posterior + 3 * width,
-        2 * columns * weights + logits,
-        columns * voxels,
-        4 * columns * posterior,
-    )
-    if config.priors.modality:
-        m = request.n_modalities
-        yield Layer(
-            "modality_head",
-            "head",
-            posterior**2 + 3 * posterior + posterior * m + m,
-            2 * (posterior**2 + posterior * m),
-            m,
-            posterior,
-        )
+    if config.method == "traditional":
+        return Layer(name, "head", request.n_tasks * (width + 1), logits, columns * voxels, width * columns)
+    weights = posterior**2 + posterior * width + 2 * width**2
+    biases = 3 * posterior + 3 * width
+    return Layer(name, "head", weights + biases, 2 * columns * weights + logits, columns * voxels, 4 * columns * posterior)
+
+
+def _modality_head(request: Request, posterior: int) -> Layer:
+    m = request.n_modalities
+    weights = posterior**2 + posterior * m
+    return Layer("modality_head", "head", weights + 3 * posterior + m, 2 * weights, m, posterior)
 
 
 def parameter_count(config: ModelConfig, request: Request) -> int:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from hermes_dist.config import Config
 from hermes_dist.scaling.communication import Cluster, step_bytes, step_seconds
+from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.data_path import DataNeed, data_need
 from hermes_dist.scaling.devices import Device
 from hermes_dist.scaling.memory import MODES, OVERHEAD_BYTES, activation_bytes, state_bytes
-from hermes_dist.scaling.model_costs import Request, parameter_count, recomputed_flops, training_flops
+from hermes_dist.scaling.model_costs import parameter_count, recomputed_flops, training_flops
 
 STAGES = (1, 2, 0, 3)
 """In order of preference at equal speed: stage 1 shares the optimizer's work for the communication of stage 0."""

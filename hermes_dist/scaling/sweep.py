@@ -35,6 +35,15 @@ class StopConfig(Section):
     """Longest time of one run; then it has failed."""
 
 
+class HeldOutConfig(Section):
+    """The loss that a scaling law is fitted to: that of scans which no run was trained on."""
+
+    split: str = "val"
+    """Split of the stores."""
+    samples: int = Field(default=128, ge=1)
+    """Random patches, drawn as in training, without augmentation; the same ones for every run."""
+
+
 class SweepConfig(Section):
     """A sweep file."""
 
@@ -62,8 +71,10 @@ class SweepConfig(Section):
     """Early stopping."""
     evaluate: str | None = None
     """Split evaluated after each run (`val`), for curves of Dice."""
+    held_out: HeldOutConfig | None = None
+    """Loss of each finished run on held-out patches; without it the training loss is fitted."""
     loss_fraction: float = Field(default=0.1, gt=0, le=1)
-    """The final loss is the mean over this last share of the steps."""
+    """The training loss is the mean over this last share of the steps."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,27 @@ class Member:
         """Of launch/train.py."""
         pairs = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.overrides.items()]
         return ["--config", str(self.base), *pairs]
+
+    @property
+    def metrics(self) -> Path:
+        """Its metrics.jsonl."""
+        return self.run_dir / "metrics.jsonl"
+
+    def evaluation(self, name: str) -> Path:
+        """`evaluation/NAME.json` of its run directory."""
+        return self.run_dir / "evaluation" / f"{name}.json"
+
+    def results(self, sweep: SweepConfig) -> list[Path]:
+        """Files that the sweep wants of a finished member."""
+        wanted = [self.evaluation(f"{sweep.held_out.split}_loss")] if sweep.held_out else []
+        return wanted + ([self.evaluation(sweep.evaluate)] if sweep.evaluate else [])
+
+    def evaluations(self, sweep: SweepConfig, script: Path) -> list[list[str]]:
+        """Commands that follow the training."""
+        start = [sys.executable, str(script), "--run", str(self.run_dir), "--threads", "1", "--split"]
+        held_out = sweep.held_out
+        commands = [[*start, held_out.split, "--loss", str(held_out.samples)]] if held_out else []
+        return commands + ([[*start, sweep.evaluate]] if sweep.evaluate else [])
 
     def command(self, train: Path) -> list[str]:
         """The command that a person would type; `python` for one rank, torch's launcher for more."""

@@ -12,7 +12,7 @@ from hermes_dist.scaling import figures
 from hermes_dist.scaling.curves import size_curves
 from hermes_dist.scaling.laws import LawFit, NotEnoughPoints
 from hermes_dist.scaling.sweep import Member, SweepConfig
-from hermes_dist.scaling.sweep_results import finished, law_of, throughput_of
+from hermes_dist.scaling.sweep_results import PARAMETERS, finished, law_of, throughput_of
 from hermes_dist.scaling.throughput import ThroughputFit, TooFewRuns, efficiency
 
 STYLE = (
@@ -76,8 +76,7 @@ def _scaling(done: list[dict[str, Any]]) -> list[str]:
 
 
 def _law(fit: LawFit, sized: list[dict[str, Any]]) -> list[str]:
-    names = ("E", "A", "B", "alpha", "beta")
-    values = [[name, getattr(fit.law, name), getattr(fit.low, name), getattr(fit.high, name)] for name in names]
+    values = [[name, *(getattr(law, name) for law in (fit.law, fit.low, fit.high))] for name in PARAMETERS]
     parts = [table(("parameter", "value", "95 % low", "95 % high"), values)]
     held_out = (
         f"Without its {fit.held_out_runs} largest runs the law predicts them within {fit.held_out_error:.1%}."

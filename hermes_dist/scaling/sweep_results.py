@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from hermes_dist.errors import ConfigError
+from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.laws import LawFit, NotEnoughPoints, Run, fit_law
-from hermes_dist.scaling.model_costs import Request, parameter_count, training_flops
+from hermes_dist.scaling.model_costs import parameter_count, training_flops
 from hermes_dist.scaling.sweep import Member, SweepConfig
 from hermes_dist.scaling.throughput import Measured, ThroughputFit, TooFewRuns, fit_throughput
 from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.jsonl import read_rows
 
 STATE_FILE = "sweep_state.json"
+PARAMETERS = ("E", "A", "B", "alpha", "beta")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ def write_state(member: Member, state: State) -> None:
 
 
 def result_row(member: Member, state: State, sweep: SweepConfig) -> dict[str, Any]:
-    """A flat row of the results table. Missing values are None; times are medians over the second half of the steps."""
+    """A flat row of the results table. Missing values are None; times are medians over the second half of the steps.
+
+    `loss` is what a law is fitted to: on held-out patches where the sweep asks for it, else `train_loss`.
+    """
     config = member.config()
     row: dict[str, Any] = {
         "member": member.name, "state": state.state, "reason": state.reason, "ranks": member.ranks,
@@ -61,14 +66,18 @@ def result_row(member: Member, state: State, sweep: SweepConfig) -> dict[str, An
         **_sizes(member),
     }  # fmt: skip
     steps = list(read_rows(member.run_dir / "metrics.jsonl"))
-    row |= {"steps": len(steps), "loss": None, "step_s": None, "data_wait_s": None, "samples_per_s": None}
+    row |= {"steps": len(steps), "loss": None, "train_loss": None}
+    row |= dict.fromkeys(("step_s", "data_wait_s", "samples_per_s"))
     if steps:
         tail = steps[-max(1, round(sweep.loss_fraction * len(steps))) :]
         late = steps[len(steps) // 2 :]
-        row["loss"] = _mean([s.get("loss") for s in tail])
+        row["loss"] = row["train_loss"] = _mean([s.get("loss") for s in tail])
         for key in ("step_s", "data_wait_s", "samples_per_s"):
             row[key] = float(np.median([s[key] for s in late]))
-    return row | {"dice": _dice(member.run_dir, sweep.evaluate)}
+    if sweep.held_out:
+        row["loss"] = _read(member.evaluation(f"{sweep.held_out.split}_loss")).get("loss")
+    dice = _read(member.evaluation(sweep.evaluate)).get("mean", {}).get("dice") if sweep.evaluate else None
+    return row | {"dice": dice}
 
 
 def _sizes(member: Member) -> dict[str, Any]:
@@ -89,15 +98,26 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(good)) if len(good) == len(values) and good else None
 
 
-def _dice(run_dir: Path, split: str | None) -> float | None:
-    path = run_dir / "evaluation" / f"{split}.json"
-    return json.loads(path.read_text())["mean"]["dice"] if split and path.is_file() else None
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def law_of(rows: Sequence[dict[str, Any]], *, bootstrap: int = 200) -> LawFit | NotEnoughPoints:
     """The scaling law over the finished runs: loss against parameters and samples."""
     runs = [Run(r["parameters"], r["samples"], r["loss"]) for r in finished(rows) if r["parameters"] and r["loss"]]
     return fit_law(runs, bootstrap=bootstrap)
+
+
+def law_values(rows: Sequence[dict[str, Any]], study: str, *, bootstrap: int = 200) -> dict[tuple[str, str], float]:
+    """(parameter, bound) → value of the study's fit, bounds `value`, `low`, `high`; empty where there are not enough runs."""
+    if study == "throughput":
+        fit = throughput_of(rows)[1]
+        return {(name, "value"): value for name, value in fit.terms.items()} if isinstance(fit, ThroughputFit) else {}
+    law = law_of(rows, bootstrap=bootstrap)
+    if isinstance(law, NotEnoughPoints):
+        return {}
+    bounds = {"value": law.law, "low": law.low, "high": law.high}
+    return {(name, bound): getattr(fitted, name) for bound, fitted in bounds.items() for name in PARAMETERS}
 
 
 def throughput_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Measured], ThroughputFit | TooFewRuns]:

@@ -1,48 +1,55 @@
 """Runs the members of a sweep as child processes, a number at a time: the one file of this room that acts.
 
 A member's state lies in its directory, so a sweep that was killed goes on: finished and diverged runs are kept, dead ones are
-started again and resume from their own checkpoints. A diverging run is stopped, so that its time goes to the others.
+started again and resume from their own checkpoints. A diverging run is stopped, so that its time goes to the others. A lock
+in the member's directory is inherited by its process: a member that outlived a killed sweep is waited for, never run twice.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from hermes_dist.scaling.sweep import Member, StopConfig, SweepConfig
 from hermes_dist.scaling.sweep_results import State, read_state, write_state
-from hermes_dist.telemetry.jsonl import read_rows
+from hermes_dist.telemetry.jsonl import RowFollower
 
 POLL_S = 1.0
-GRACE_S = 30.0
+GRACE_S = 60.0
 
 
 @dataclass
 class Running:
-    """One started member."""
+    """One started member: its process, the commands that follow it, and the losses that it has written so far."""
 
     member: Member
     process: subprocess.Popen[bytes]
+    waiting: list[list[str]]
     log: IO[bytes]
+    lock: IO[bytes]
     started: float
+    rows: RowFollower
+    losses: list[float | None] = field(default_factory=list[float | None])
 
 
-def to_run(state: State) -> State:
-    """A new call of the sweep tries failed members again."""
-    return State() if state.state == "failed" else state
+def to_run(state: State, missing: Sequence[Path] = ()) -> State:
+    """A new call of the sweep tries failed members again, and those without a result (`missing` files) that it asks for."""
+    unfinished = state.state == "done" and not all(path.exists() for path in missing)
+    return State() if state.state == "failed" or unfinished else state
 
 
-def divergence(rows: Sequence[dict[str, Any]], stop: StopConfig) -> str:
-    """Why a run with these rows of metrics.jsonl has diverged; empty if it has not."""
-    losses = [row.get("loss") for row in rows]
+def divergence(losses: Sequence[float | None], stop: StopConfig) -> str:
+    """Why a run with these losses (None = NaN or Inf), one a step, has diverged; empty if it has not."""
     if len(losses) < 2 * stop.window:
         return ""
     late = losses[-stop.window :]
@@ -61,40 +68,56 @@ class Runner:
     def __init__(
         self, sweep: SweepConfig, members: Sequence[Member], train: Path, on_change: Callable[[dict[str, State]], None]
     ) -> None:
+        """`train`: launch/train.py, beside which evaluate.py lies."""
         self._sweep, self._members, self._train, self._on_change = sweep, members, train, on_change
-        self.states = {member.name: to_run(read_state(member)) for member in members}
+        self.states = {member.name: to_run(read_state(member), member.results(sweep)) for member in members}
 
     def run(self) -> dict[str, State]:
         """Until every member is done, diverged or out of tries; an interrupt stops the running ones, which resume next time."""
         running: list[Running] = []
         try:
             while True:
-                waiting = [m for m in self._members if self.states[m.name].state == "waiting"]
-                while waiting and len(running) < self._sweep.at_once:
-                    running.append(self._start(waiting.pop(0)))
+                for member in self._members:
+                    if len(running) < self._sweep.at_once and self.states[member.name].state == "waiting":
+                        running += self._start(member)
                 self._on_change(self.states)
-                if not running:
+                if all(state.state not in ("waiting", "running") for state in self.states.values()):
                     return self.states
                 time.sleep(POLL_S)
                 running = [r for r in running if not self._ended(r)]
         finally:
             for child in running:
+                _signal(child, signal.SIGTERM)  # all at once: each then writes its checkpoint
+            for child in running:
                 _stop(child)
 
-    def _start(self, member: Member) -> Running:
-        tries = self.states[member.name].tries + 1
-        self._set(member, State("running", tries))
+    def _start(self, member: Member) -> list[Running]:
+        """Start a member, unless another process still runs it (then its own state says what became of it)."""
+        member.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (member.run_dir / ".sweep.lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            self.states[member.name] = State("waiting", 0, "still running from an earlier start; waiting for it")
+            return []
+        found = to_run(read_state(member), member.results(self._sweep))
+        if found.state != "waiting":
+            self.states[member.name] = found
+            lock.close()
+            return []
+        self._set(member, State("running", self.states[member.name].tries + 1))
         log = (member.run_dir / "log.txt").open("ab")
-        command = member.command(self._train)
-        log.write(f"$ {' '.join(command)}\n".encode())
-        log.flush()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        return Running(member, process, log, time.monotonic())
+        commands = [member.command(self._train), *member.evaluations(self._sweep, self._train.with_name("evaluate.py"))]
+        process = _popen(commands[0], log, lock)
+        return [Running(member, process, commands[1:], log, lock, time.monotonic(), RowFollower(member.metrics))]
 
     def _ended(self, child: Running) -> bool:
         code, member = child.process.poll(), child.member
         state = self.states[member.name]
-        reason = divergence(list(read_rows(member.run_dir / "metrics.jsonl")), self._sweep.stop)
+        fresh, rows = child.rows.read()
+        child.losses = [*([] if fresh else child.losses), *(row.get("loss") for row in rows)]
+        reason = divergence(child.losses, self._sweep.stop)
         if reason:
             _stop(child)
             self._set(member, replace(state, state="diverged", reason=reason))
@@ -105,13 +128,16 @@ class Runner:
             _stop(child)
             self._set(member, replace(state, state="failed", reason=f"ran past stop.limit_s={self._sweep.stop.limit_s:g} s"))
             return True
-        child.log.close()
+        if code == 0 and child.waiting:
+            child.process = _popen(child.waiting.pop(0), child.log, child.lock)
+            return False
         if code == 0:
             self._set(member, replace(state, state="done", reason=""))
         else:
             again = state.tries <= self._sweep.retries
             reason = f"exit code {code}, see {member.run_dir / 'log.txt'}"
             self._set(member, replace(state, state="waiting" if again else "failed", reason=reason))
+        _close(child)
         return True
 
     def _set(self, member: Member, state: State) -> None:
@@ -119,13 +145,28 @@ class Runner:
         write_state(member, state)
 
 
+def _popen(command: list[str], log: IO[bytes], lock: IO[bytes]) -> subprocess.Popen[bytes]:
+    log.write(f"$ {' '.join(command)}\n".encode())
+    log.flush()
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[lock.fileno()])
+
+
+def _signal(child: Running, number: int) -> None:
+    with suppress(ProcessLookupError):
+        if child.process.poll() is None:
+            os.killpg(child.process.pid, number)
+
+
 def _stop(child: Running) -> None:
     """End the member's whole process group: a launcher's ranks too. SIGTERM first, so that it can write a checkpoint."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if child.process.poll() is None:
-            os.killpg(child.process.pid, number)
-            try:
-                child.process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                continue
+        _signal(child, number)
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(GRACE_S)
+            break
+    _close(child)
+
+
+def _close(child: Running) -> None:
     child.log.close()
+    child.lock.close()

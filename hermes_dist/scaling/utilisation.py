@@ -7,8 +7,9 @@ from typing import Any
 
 from hermes_dist.config import Config
 from hermes_dist.errors import ConfigError
+from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.devices import measured_peak, peak_of
-from hermes_dist.scaling.model_costs import Request, training_flops
+from hermes_dist.scaling.model_costs import training_flops
 from hermes_dist.tasks import TaskTable
 
 

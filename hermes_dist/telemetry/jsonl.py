@@ -46,6 +46,39 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+class RowFollower:
+    """Reads what was appended to a file since the last look: for watching a long run without reading it all again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._inode, self._offset = path, 0, 0
+
+    def read(self) -> tuple[bool, list[dict[str, Any]]]:
+        """(from the start, new complete rows). A resumed run replaces its file: then all rows come again, `True`."""
+        if not self._path.is_file():
+            return False, []
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            fresh = status.st_ino != self._inode or status.st_size < self._offset
+            if fresh:
+                self._inode, self._offset = status.st_ino, 0
+            file.seek(self._offset)
+            data = file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return fresh, [json.loads(line) for line in complete.splitlines()]
+
+
+def last_row(path: Path, window_bytes: int = 1 << 17) -> dict[str, Any] | None:
+    """The last complete row, from the end of the file; None if there is none in the last `window_bytes`."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        start = max(0, os.fstat(file.fileno()).st_size - window_bytes)
+        file.seek(start)
+        lines = file.read().split(b"\n")[(1 if start else 0) : -1]
+    return json.loads(lines[-1]) if lines else None
+
+
 class JsonlFile:
     """A file of JSON lines, open for appending; several processes may share one."""
 

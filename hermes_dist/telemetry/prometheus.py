@@ -133,17 +133,27 @@ class TargetsFile:
             os.replace(temporary, self._path)
 
     def _link(self) -> None:
-        folder = self._path.parent.absolute().parent / LINKS_DIR
-        folder.mkdir(exist_ok=True)
-        for link in folder.iterdir():
-            if not link.exists():  # its run was deleted; Prometheus would complain at every refresh
-                link.unlink(missing_ok=True)
-        link = folder / f"{self._path.absolute().parent.name}.json"
-        with contextlib.suppress(FileExistsError):  # another rank was faster, or the run is resumed
-            link.symlink_to(Path("..") / self._path.absolute().parent.name / TARGETS_FILE)
+        run_dir = self._path.parent.absolute()
+        links = run_dir.parent / LINKS_DIR
+        links.mkdir(exist_ok=True)
+        _link_from(links, f"{run_dir.name}.json", Path("..") / run_dir.name / TARGETS_FILE)
+        # A member of a sweep lies one folder deeper than other runs; the sweep has made the folder of links above it.
+        above = run_dir.parent.parent / LINKS_DIR
+        if above.is_dir():
+            name = f"{run_dir.parent.name}.{run_dir.name}.json"
+            _link_from(above, name, Path("..") / run_dir.parent.name / run_dir.name / TARGETS_FILE)
 
     def _read(self) -> list[dict[str, Any]]:
         return json.loads(self._path.read_text()) if self._path.is_file() else []
+
+
+def _link_from(folder: Path, name: str, target: Path) -> None:
+    """A link to a targets file; links of deleted runs go."""
+    for link in folder.iterdir():
+        if not link.exists():  # its run was deleted; Prometheus would complain at every refresh
+            link.unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError):  # another rank was faster, or the run is resumed
+        (folder / name).symlink_to(target)
 
 
 class Pusher:

@@ -79,7 +79,15 @@ class Telemetry:
         return f"{self._endpoint.host}:{self._endpoint.port}" if self._endpoint else None
 
     def declare(self, tasks: TaskTable) -> None:
-        """Start the counters of every dataset and class at zero, so that one that is never trained is seen to be silent."""
+        """Start the counters of every dataset and class at zero: one that is never trained is seen to be silent.
+
+        So are the counters of faults: PromQL's `increase` does not see a series that begins with its first fault.
+        """
+        self.add("hermes_checkpoint_failures_total", 0)
+        for kind, name in EVENT_COUNTERS.items():
+            self.add("hermes_stream_events_total", 0, kind=kind)
+            for dataset in tasks.datasets:
+                self.add(name, 0, dataset=dataset.name)
         for dataset in tasks.datasets:
             self.add("hermes_dataset_samples_total", 0, dataset=dataset.name)
             for name in dataset.class_names:

@@ -11,10 +11,11 @@ from hermes_dist.config import Config, ModelConfig, resolve, validate
 from hermes_dist.errors import ConfigError
 from hermes_dist.models import build_model
 from hermes_dist.models.checkpointing import apply_activation_checkpointing
+from hermes_dist.models.output import ModelOutput
+from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.counted import counted_flops, extrapolated_flops
 from hermes_dist.scaling.memory import kept_activation_elements
 from hermes_dist.scaling.model_costs import (
-    Request,
     backbone_parameters,
     forward_flops,
     layers,
@@ -39,7 +40,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unidirectional": {"base_channels": 8, "priors": {"direction": "unidirectional"}},
     "no modality": {"base_channels": 8, "priors": {"modality": False}},
     "traditional": {"base_channels": 8, "method": "traditional"},
+    "M": {"backbone": "medformer", "base_channels": 8},
+    "M published": {"backbone": "medformer", "base_channels": 8, "reading": "published"},
+    "M large": {"backbone": "medformer", "base_channels": 48},
+    "M one scale": {"backbone": "medformer", "base_channels": 8, "priors": {"scales": ["enc16"], "modality": False}},
+    "M unidirectional": {"backbone": "medformer", "base_channels": 8, "priors": {"direction": "unidirectional"}},
+    "M traditional": {"backbone": "medformer", "base_channels": 8, "method": "traditional"},
 }
+M_VARIANTS = ("M published", "M unidirectional", "M traditional")
 
 
 def model_config(**model: Any) -> ModelConfig:
@@ -65,13 +73,26 @@ def test_sizes_of_the_paper(base: int, blocks: tuple[int, int, int, int], millio
     assert backbone_parameters(ModelConfig(base_channels=base, blocks=blocks)) / 1e6 == pytest.approx(millions, rel=5e-4)
 
 
-@pytest.mark.parametrize("name", ["published", "one scale", "unidirectional", "no modality", "traditional"])
+@pytest.mark.parametrize("name", ["published", "one scale", "unidirectional", "no modality", "traditional", *M_VARIANTS])
 def test_flops_agree_with_the_counter_within_one_per_cent(name: str) -> None:
     config = model_config(**VARIANTS[name])
     model = build_model(config, TASKS)
     asked = request()
     assert forward_flops(config, asked) == pytest.approx(counted_flops(model, asked.patch_vox_zyx, 15, training=False), rel=0.01)
     assert training_flops(config, asked) == pytest.approx(counted_flops(model, asked.patch_vox_zyx, 15), rel=0.01)
+
+
+def test_a_grouped_convolution_costs_a_group_forward_and_backward() -> None:
+    """torch's own counter takes the weight gradient of a depthwise convolution for that of a dense one."""
+
+    class Depthwise(torch.nn.Conv3d):
+        def forward(self, image: torch.Tensor, *_: torch.Tensor) -> ModelOutput:
+            return ModelOutput(super().forward(image.expand(-1, 16, -1, -1, -1).contiguous().requires_grad_()), None, None)
+
+    model = Depthwise(16, 16, 3, padding=1, groups=16, bias=False)
+    forward = 2 * 27 * 16 * 8**3
+    assert counted_flops(model, (8, 8, 8), 1, training=False) == forward
+    assert counted_flops(model, (8, 8, 8), 1) == 3 * forward
 
 
 def test_two_small_counts_give_the_large_patch() -> None:
@@ -103,7 +124,7 @@ def saved_elements(config: ModelConfig, mode: Any, patch: tuple[int, int, int]) 
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "blocks", "full"])
-@pytest.mark.parametrize("name", ["narrow", "published", "traditional"])
+@pytest.mark.parametrize("name", ["narrow", "published", "traditional", "M published"])
 def test_kept_activations_agree_with_autograd(name: str, mode: str) -> None:
     config = model_config(**{**VARIANTS[name], "attention": "fused"})
     patch = (32, 32, 64)
@@ -119,7 +140,7 @@ def test_recomputation_is_ordered() -> None:
 
 def test_other_backbones_are_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match="scaling.counted"):
-        layers(ModelConfig(backbone="medformer"), request())
+        layers(ModelConfig(backbone="swinunetr", method="traditional"), request())
 
 
 def test_flops_of_the_published_base_at_its_patch() -> None:

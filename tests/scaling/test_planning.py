@@ -10,9 +10,9 @@ from rich.console import Console
 
 from hermes_dist.config import Config, resolve, validate
 from hermes_dist.scaling.communication import Cluster
+from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.devices import find_device
 from hermes_dist.scaling.memory import activation_bytes, state_bytes
-from hermes_dist.scaling.model_costs import Request
 from hermes_dist.scaling.plan_text import print_plan, print_simulation
 from hermes_dist.scaling.planning import Assumptions, Plan, make_plan, recommended_sections
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from hermes_dist.errors import ConfigError
@@ -19,7 +23,7 @@ from hermes_dist.scaling.sweep_runner import Runner, divergence
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FAKE_TRAIN = '''
 """Writes rows like a training; fails once if asked to, or diverges."""
-import json, sys
+import json, os, sys, time
 from pathlib import Path
 pairs = dict(a.partition("=")[::2] for a in sys.argv[1:] if "=" in a)
 run = Path(pairs["run.output_dir"]) / pairs["run.name"]
@@ -27,12 +31,26 @@ run.mkdir(parents=True, exist_ok=True)
 if pairs["run.seed"] == "13" and not (run / "tried").exists():
     (run / "tried").touch()
     sys.exit(3)
+if pairs["run.seed"] == "15" and not (run / "pid").exists():
+    (run / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
 with (run / "metrics.jsonl").open("w") as file:
     for step in range(int(pairs["train.max_steps"])):
         loss = 1.0 + step if pairs["run.seed"] == "14" else 1 / (1 + step)
         row = {"step": step, "loss": loss, "step_s": 0.1, "data_wait_s": 0.01, "samples_per_s": 20.0}
         print(json.dumps(row), file=file)
 '''
+
+FAKE_EVALUATE = """
+import json, sys
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--run") + 1]) / "evaluation"
+folder.mkdir(exist_ok=True)
+if "--loss" in sys.argv:
+    (folder / "val_loss.json").write_text(json.dumps({"loss": 0.25}))
+else:
+    (folder / "val.json").write_text(json.dumps({"mean": {"dice": 0.75}}))
+"""
 
 
 def sweep_of(folder: Path, **changes: Any) -> SweepConfig:
@@ -122,11 +140,61 @@ def test_a_diverging_run_is_stopped_and_kept_as_such(tmp_path: Path, train: Path
 
 def test_divergence_is_a_rise_or_nan_and_nothing_else() -> None:
     stop = StopConfig(factor=2, window=3)
-    rows = [{"loss": 1.0}] * 3
-    assert divergence([*rows, *[{"loss": 2.5}] * 3], stop)
-    assert divergence([*rows, *[{"loss": None}] * 3], stop)
-    assert not divergence([*rows, {"loss": None}, {"loss": 0.9}, {"loss": 0.9}], stop)
-    assert not divergence([*rows, {"loss": 9.0}], stop)
+    assert divergence([1.0] * 3 + [2.5] * 3, stop)
+    assert divergence([1.0] * 3 + [None] * 3, stop)
+    assert not divergence([1.0] * 3 + [None, 0.9, 0.9], stop)
+    assert not divergence([1.0] * 3 + [9.0], stop)
+
+
+def test_a_member_that_outlived_its_sweep_is_waited_for_and_not_run_twice(tmp_path: Path, train: Path) -> None:
+    """As after kill -9 of the sweep: the child goes on, and holds the member's lock until it ends."""
+    sweep = sweep_of(tmp_path, grid={"run.seed": [0]})
+    member = members(sweep, CONFIGS)[0]
+    member.run_dir.mkdir(parents=True)
+    write_state(member, State("running", 1))
+    with (member.run_dir / ".sweep.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+    seen: list[State] = []
+
+    def watch(states: dict[str, State]) -> None:
+        seen.append(states["seed0"])
+        if len(seen) == 2 and orphan.stdin:
+            assert not member.metrics.exists()
+            orphan.stdin.close()
+
+    assert Runner(sweep, [member], train, watch).run()["seed0"].state == "done"
+    orphan.wait(10)
+    assert "still running" in seen[0].reason
+
+
+def test_an_interrupted_sweep_stops_its_members_and_the_next_one_goes_on(tmp_path: Path, train: Path) -> None:
+    sweep = sweep_of(tmp_path, grid={"run.seed": [15]})
+    started: list[int] = []
+
+    def interrupt(states: dict[str, State]) -> None:
+        member = members(sweep, CONFIGS)[0]
+        if (member.run_dir / "pid").exists():
+            started.append(int((member.run_dir / "pid").read_text()))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Runner(sweep, members(sweep, CONFIGS), train, interrupt).run()
+    assert not psutil.pid_exists(started[0])
+    assert run(sweep, train)[1]["seed15"].state == "done"
+
+
+def test_results_that_the_sweep_wants_follow_the_training(tmp_path: Path, train: Path) -> None:
+    """Also of members that had finished before the sweep asked for them."""
+    run(sweep_of(tmp_path), train)
+    train.with_name("evaluate.py").write_text(FAKE_EVALUATE)
+    sweep = sweep_of(tmp_path, held_out={"split": "val", "samples": 8}, evaluate="val")
+    chosen, states = run(sweep, train)
+    assert {s.state for s in states.values()} == {"done"}
+    row = result_row(chosen[0], states[chosen[0].name], sweep)
+    assert (row["loss"], row["dice"]) == (0.25, 0.75)
+    assert row["train_loss"] < 0.25
+    assert "evaluate.py" in (chosen[0].run_dir / "log.txt").read_text()
 
 
 def synthetic_rows(law: Law) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hermes_dist.config import Config, resolve, validate
-from hermes_dist.scaling.model_costs import Request, training_flops
+from hermes_dist.scaling.cost_layers import Request
+from hermes_dist.scaling.model_costs import training_flops
 from hermes_dist.scaling.utilisation import Utilisation
 from hermes_dist.tasks import TaskTable
 
@@ -32,4 +33,9 @@ def test_an_unknown_card_has_no_utilisation_and_a_cpu_is_measured() -> None:
 
 
 def test_a_backbone_without_formula_gives_nothing() -> None:
-    assert Utilisation(config(backbone="medformer"), TASKS, "H100")({"step_s": 1.0, "dataset_samples": {"a": 1}}) == {}
+    assert (
+        Utilisation(config(backbone="swinunetr", method="traditional"), TASKS, "H100")(
+            {"step_s": 1.0, "dataset_samples": {"a": 1}}
+        )
+        == {}
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hermes_dist.telemetry.jsonl import JsonlFile, encode, read_rows
+from hermes_dist.telemetry.jsonl import JsonlFile, RowFollower, encode, last_row, read_rows
 
 WRITER = """
 import sys
@@ -101,3 +101,20 @@ def test_a_short_write_of_a_full_disk_leaves_no_half_line(tmp_path: Path, monkey
     file.append({"step": 1})
     file.close()
     assert [row["step"] for row in read_rows(file.path)] == [0, 1]
+
+
+def test_a_follower_gives_new_whole_rows_and_starts_again_after_a_resume(tmp_path: Path) -> None:
+    follower, file = RowFollower(tmp_path / "m.jsonl"), JsonlFile(tmp_path / "m.jsonl")
+    file.append({"step": 0})
+    assert follower.read() == (True, [{"step": 0}])
+    file.append({"step": 1})
+    with file.path.open("ab") as torn:
+        torn.write(b'{"step": 2')
+    assert follower.read() == (False, [{"step": 1}])
+    assert last_row(file.path) == {"step": 1}
+    file.close()
+    resumed = JsonlFile(file.path)
+    resumed.keep_steps_before(1)
+    assert follower.read() == (True, [{"step": 0}])
+    resumed.close()
+    assert last_row(tmp_path / "nowhere") is None
