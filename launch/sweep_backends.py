@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -172,7 +173,8 @@ def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """All members as parquet, written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
+    flat = [row | {"dice_by_dataset": json.dumps(row["dice_by_dataset"])} for row in rows]  # members may know other datasets
+    pq.write_table(pa.Table.from_pylist(flat), temporary)
     temporary.replace(path)
 
 

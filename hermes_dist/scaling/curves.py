@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -21,12 +22,28 @@ class CurvePoint:
     runs: int
 
 
-def size_curves(rows: Iterable[tuple[str, float, float]]) -> dict[str, list[CurvePoint]]:
-    """(method, parameters, score) of each run → the curve of each method, by size. Scores that are not finite are left out."""
+def size_curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[CurvePoint]]:
+    """Result rows of runs → the curve of each method over the sizes of the backbone.
+
+    A universal run is scored on all of its datasets; a traditional one may have been trained on one of them. The score of a
+    method, size and seed is the mean over the datasets that any run of the sweep was scored on, each counting once; where one is
+    missing there is no score.
+
+    Args:
+        rows: with `method`, `backbone_parameters`, `seed` and `dice_by_dataset` (dataset → Dice, of the datasets trained on).
+    """
+    found: dict[tuple[str, float, int], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row.get("backbone_parameters") and row.get("dice_by_dataset"):
+            key = (str(row["method"]), float(row["backbone_parameters"]), int(row["seed"]))
+            found[key] |= {
+                name: dice for name, dice in row["dice_by_dataset"].items() if dice is not None and math.isfinite(dice)
+            }
+    datasets = {name for scores in found.values() for name in scores}
     values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for method, parameters, score in rows:
-        if math.isfinite(score):
-            values[method][parameters].append(score)
+    for (method, parameters, _), scores in found.items():
+        if set(scores) == datasets:
+            values[method][parameters].append(float(np.mean(list(scores.values()))))
     return {
         method: [_point(parameters, scores) for parameters, scores in sorted(sizes.items())]
         for method, sizes in sorted(values.items())
@@ -44,3 +61,8 @@ def _point(parameters: float, scores: list[float]) -> CurvePoint:
 def gain(curve: list[CurvePoint]) -> float | None:
     """Score of the largest size minus that of the smallest; None with fewer than two sizes."""
     return curve[-1].mean - curve[0].mean if len(curve) > 1 else None
+
+
+def gains_of(curves: Mapping[str, list[CurvePoint]]) -> list[tuple[str, float]]:
+    """(method, gain) of the methods with two sizes or more."""
+    return [(method, value) for method, points in curves.items() if (value := gain(points)) is not None]

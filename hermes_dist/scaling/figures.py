@@ -68,7 +68,7 @@ def frontier_figure(fit: LawFit, kappa: float, compute: Sequence[float]) -> str:
 
 def curves_figure(curves: dict[str, list[CurvePoint]]) -> str:
     """Dice against model size by method, with 95 % intervals over seeds."""
-    figure, axes = _axes("Dice by model size", "parameters", "mean Dice")
+    figure, axes = _axes("Dice by model size", "parameters of the backbone", "mean Dice")
     for method, points in curves.items():
         bars = [point.half_width or 0.0 for point in points]
         axes.errorbar([p.parameters for p in points], [p.mean for p in points], yerr=bars, marker="o", capsize=3, label=method)

@@ -96,7 +96,7 @@ def _map_fusion(widths: list[int]) -> Layer:
     projections = 2 * sum(c * wide for c in widths)
     layer = 4 * wide**2 + wide + 2 * wide + 2 * wide**2 + 2 * wide + 2 * wide
     flops = 2 * MAP_TOKENS * projections + MAP_LAYERS * (2 * rows * 6 * wide**2 + 4 * rows**2 * wide)
-    return Layer("map_fusion", "head", projections + MAP_LAYERS * layer, flops, rows * wide, 12 * rows * wide, 12 * rows * wide)
+    return Layer("map_fusion", "input", projections + MAP_LAYERS * layer, flops, rows * wide, 12 * rows * wide, 12 * rows * wide)
 
 
 def aux_voxels(voxels: list[int]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hermes_dist.scaling import figures
-from hermes_dist.scaling.curves import size_curves
+from hermes_dist.scaling.curves import gains_of, size_curves
 from hermes_dist.scaling.laws import LawFit, NotEnoughPoints
 from hermes_dist.scaling.sweep import Member, SweepConfig
 from hermes_dist.scaling.sweep_results import PARAMETERS, finished, law_of, throughput_of
@@ -69,10 +69,26 @@ def _scaling(done: list[dict[str, Any]]) -> list[str]:
     parts = ["<h2>Loss = E + A / N<sup>α</sup> + B / D<sup>β</sup></h2>"]
     parts += [figures.law_figure(sized, fit if isinstance(fit, LawFit) else None)] if sized else []
     parts += [f'<p class="no">{html.escape(fit.reason)}</p>'] if isinstance(fit, NotEnoughPoints) else _law(fit, sized)
-    curves = size_curves((r["method"], r["parameters"], r["dice"]) for r in done if r["dice"] is not None and r["parameters"])
-    if curves:
-        parts += ["<h2>Dice by model size</h2>", figures.curves_figure(curves)]
-    return parts
+    return [*parts, *_curves(done)]
+
+
+def _curves(done: list[dict[str, Any]]) -> list[str]:
+    """Dice by backbone size, a curve a method (the paper's Figure 3 B)."""
+    curves = size_curves(done)
+    if not curves:
+        return []
+    lines = [
+        [method, point.parameters, point.mean, "–" if point.half_width is None else f"± {point.half_width:.3f}", point.runs]
+        for method, points in curves.items()
+        for point in points
+    ]
+    gains = [f"{method} gains {value:+.3f} from its smallest size to its largest" for method, value in gains_of(curves)]
+    return [
+        "<h2>Dice by model size</h2>",
+        figures.curves_figure(curves),
+        table(("method", "backbone parameters", "mean Dice", "95 %", "runs"), lines),
+        f"<p>{html.escape('; '.join(gains))}.</p>" if gains else '<p class="no">not enough points: one size a method.</p>',
+    ]
 
 
 def _law(fit: LawFit, sized: list[dict[str, Any]]) -> list[str]:
@@ -101,9 +117,11 @@ def _throughput(done: list[dict[str, Any]]) -> list[str]:
     runs, fit = throughput_of(done)
     parts = ["<h2>Throughput</h2>", figures.throughput_figure(runs, fit if isinstance(fit, ThroughputFit) else None)]
     rows = [
-        [f"ZeRO-{r.stage}", r.ranks, r.global_batch, r.step_s, r.samples_per_s, f"{share:.0%}"] for r, share in efficiency(runs)
+        [f"ZeRO-{r.stage}", r.ranks, r.devices or r.ranks, r.global_batch, r.step_s, r.wait_s, r.samples_per_s, f"{share:.0%}"]
+        for r, share in efficiency(runs)
     ]
-    parts.append(table(("stage", "ranks", "global batch", "step s", "samples/s", "efficiency"), rows))
+    header = ("stage", "ranks", "devices", "global batch", "step s", "data wait s", "samples/s", "efficiency per device")
+    parts.append(table(header, rows))
     if isinstance(fit, TooFewRuns):
         return [*parts, f'<p class="no">No fit: {html.escape(fit.reason)}.</p>']
     error = "not tested" if fit.held_out_error is None else f"{fit.held_out_error:.1%}"
@@ -111,15 +129,18 @@ def _throughput(done: list[dict[str, Any]]) -> list[str]:
     parts.append(table(("term", "seconds"), list(fit.terms.items())))
     largest = max(runs, key=lambda r: r.ranks)
     share = largest.global_batch / largest.ranks
-    worlds = [largest.ranks * 2**k for k in range(1, 8)]
-    rates = [(w, fit.samples_per_s(w, largest.stage, round(share * w), largest.parameters)) for w in worlds]
-    base = largest.samples_per_s / largest.ranks
-    lines = [[w, rate, f"{rate / w / base:.0%}"] for w, rate in rates]
-    parts.append("<h3>Extrapolated (weak scaling)</h3>")
-    parts.append(table(("ranks", "samples/s", f"efficiency against {largest.ranks} ranks"), lines))
+    stages = sorted({r.stage for r in runs})
+    lines: list[list[object]] = []
+    for world in (2**k for k in range(9)):
+        rates = [fit.samples_per_s(world, stage, round(share * world), largest.parameters) for stage in stages]
+        alone = [fit.samples_per_s(1, stage, round(share), largest.parameters) for stage in stages]
+        cells = [f"{rate:.4g} ({rate / world / one:.0%})" for rate, one in zip(rates, alone, strict=True)]
+        lines.append([world, *cells])
+    parts.append("<h3>Extrapolated: samples per second, and efficiency against one rank (weak scaling)</h3>")
+    parts.append(table(("ranks", *(f"ZeRO-{stage}" for stage in stages)), lines))
     return [
         *parts,
-        f"<p>Assumes the links and the hosts of this sweep, {share:g} samples per rank, ZeRO-{largest.stage}, no waiting for "
-        "data "
-        "(simulate it with launch/plan.py --simulate-storage), and a latency that grows with log2 of the ranks.</p>",
+        f"<p>Assumes a device for every rank, {share:g} samples per rank, the links and hosts of this sweep at any distance, a "
+        "wait for data per sample as measured here (launch/plan.py --simulate-storage simulates a shared storage), and a latency "
+        "that grows with log2 of the ranks.</p>",
     ]

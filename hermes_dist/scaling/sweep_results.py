@@ -15,7 +15,7 @@ import numpy as np
 from hermes_dist.errors import ConfigError
 from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.laws import LawFit, NotEnoughPoints, Run, fit_law
-from hermes_dist.scaling.model_costs import parameter_count, training_flops
+from hermes_dist.scaling.model_costs import backbone_parameters, parameter_count, training_flops
 from hermes_dist.scaling.sweep import Member, SweepConfig
 from hermes_dist.scaling.throughput import Measured, ThroughputFit, TooFewRuns, fit_throughput
 from hermes_dist.tasks import TaskTable
@@ -76,26 +76,47 @@ def result_row(member: Member, state: State, sweep: SweepConfig) -> dict[str, An
             row[key] = float(np.median([s[key] for s in late]))
     if sweep.held_out:
         row["loss"] = _read(member.evaluation(f"{sweep.held_out.split}_loss")).get("loss")
-    dice = _read(member.evaluation(sweep.evaluate)).get("mean", {}).get("dice") if sweep.evaluate else None
-    return row | {"dice": dice}
+    return row | _scores(member, sweep) | {"devices": _devices(member)}
 
 
 def _sizes(member: Member) -> dict[str, Any]:
     path = member.run_dir / "tasks.json"
-    sizes: dict[str, Any] = {"parameters": None, "flops_per_sample": None}
+    sizes: dict[str, Any] = dict.fromkeys(("parameters", "backbone_parameters", "flops_per_sample"))
     if not path.is_file():
         return sizes
     tasks, config = TaskTable.from_json(json.loads(path.read_text())), member.config()
     columns = round(float(np.mean([len(d.classes) for d in tasks.datasets])))
     request = Request(config.data.patch_vox_zyx, max(columns, 1), tasks.n_tasks, len(tasks.modalities))
     with contextlib.suppress(ConfigError):  # a backbone without formula: such a run is listed but not fitted
-        sizes = {"parameters": parameter_count(config.model, request), "flops_per_sample": training_flops(config.model, request)}
+        sizes["parameters"] = parameter_count(config.model, request)
+        sizes["backbone_parameters"] = backbone_parameters(config.model)
+        sizes["flops_per_sample"] = training_flops(config.model, request)
     return sizes
 
 
 def _mean(values: list[float | None]) -> float | None:
     good = [v for v in values if v is not None and math.isfinite(v)]
     return float(np.mean(good)) if len(good) == len(values) and good else None
+
+
+def _scores(member: Member, sweep: SweepConfig) -> dict[str, Any]:
+    """Dice of the datasets that the run was trained on: one by one, and their mean."""
+    result = _read(member.evaluation(sweep.evaluate)) if sweep.evaluate else {}
+    weights = member.config().data.mixture.weights
+    scores = {
+        entry["dataset"]: entry["dice"]
+        for entry in result.get("per_dataset", ())
+        if entry.get("dice") is not None and (weights is None or weights.get(entry["dataset"], 0) > 0)
+    }
+    return {"dice": _mean(list(scores.values())), "dice_by_dataset": scores}
+
+
+def _devices(member: Member) -> int | None:
+    """Cards, or cores by threads per rank, of the host that the run started on."""
+    found = _read(member.run_dir / "environment.json")
+    if not found:
+        return None
+    return len(found["gpus"]) or max(1, found["cpu_count"] // int(found["omp_num_threads"] or 1))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -121,9 +142,17 @@ def law_values(rows: Sequence[dict[str, Any]], study: str, *, bootstrap: int = 2
 
 
 def throughput_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Measured], ThroughputFit | TooFewRuns]:
-    """Measured runs without their data wait, and the fit over them."""
+    """Measured runs, step and data wait apart, and the fit over them."""
     runs = [
-        Measured(r["ranks"], r["zero_stage"], r["global_batch"], r["parameters"] or 0, r["step_s"] - r["data_wait_s"])
+        Measured(
+            r["ranks"],
+            r["zero_stage"],
+            r["global_batch"],
+            r["parameters"] or 0,
+            r["step_s"] - r["data_wait_s"],
+            r["data_wait_s"],
+            r.get("devices"),
+        )
         for r in finished(rows)
         if r["step_s"]
     ]

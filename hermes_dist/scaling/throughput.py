@@ -1,10 +1,11 @@
 """Throughput against ranks: a model with few terms, fitted to measured runs, and its extrapolation.
 
-    step_s = t0 + c · samples per rank + a · log2(ranks) + b · megabytes sent per rank
+    step_s = t0 · σ + c · σ · samples per rank + a · log2(ranks) + b · megabytes sent per rank + w · samples per rank
 
 c is compute and per-sample work, t0 the fixed part of a step (optimizer, Python), a latency of collectives, b their inverse
-bandwidth (b absorbs what overlaps with computing). All terms are non-negative; the fit minimises relative errors. Data wait
-is taken out of the measured times, because it belongs to the data path and not to the ranks.
+bandwidth (b absorbs what overlaps with computing), w the wait for data. σ = ranks / devices where several ranks share a core or
+card, else 1. All terms are non-negative; the fit minimises relative errors. The wait for data is measured apart (`wait_s`), so w
+is its mean per sample and the other terms are fitted to what is left of the step.
 """
 
 from __future__ import annotations
@@ -19,22 +20,30 @@ from scipy.optimize import nnls
 from hermes_dist.scaling.communication import step_bytes
 
 TERMS = ("fixed_s", "per_sample_s", "per_doubling_s", "per_megabyte_s")
+WAIT = "data_wait_per_sample_s"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: what it was, and its median step time without data wait."""
+    """One run: what it was, its median step time without data wait, and that wait. `devices`: cores or cards for its ranks."""
 
     ranks: int
     stage: int
     global_batch: int
     parameters: int
     step_s: float
+    wait_s: float = 0.0
+    devices: int | None = None
 
     @property
     def samples_per_s(self) -> float:
         """Of all ranks."""
-        return self.global_batch / self.step_s
+        return self.global_batch / (self.step_s + self.wait_s)
+
+    @property
+    def sharing(self) -> float:
+        """Ranks per device, at least 1."""
+        return max(1.0, self.ranks / (self.devices or self.ranks))
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,11 @@ class ThroughputFit:
     relative_error: float
     held_out_error: float | None
 
-    def step_s(self, ranks: int, stage: int, global_batch: int, parameters: int) -> float:
-        """Predicted step time."""
-        return float(np.dot(_row(ranks, stage, global_batch, parameters), list(self.terms.values())))
+    def step_s(self, ranks: int, stage: int, global_batch: int, parameters: int, devices: int | None = None) -> float:
+        """Predicted step time, with its wait for data; `devices` None = one for each rank."""
+        row = _row(Measured(ranks, stage, global_batch, parameters, 1.0, devices=devices))
+        computed = float(np.dot(row, [self.terms[name] for name in TERMS]))
+        return computed + self.terms.get(WAIT, 0.0) * global_batch / ranks
 
     def samples_per_s(self, ranks: int, stage: int, global_batch: int, parameters: int) -> float:
         """Predicted throughput of all ranks."""
@@ -61,8 +72,9 @@ class TooFewRuns:
     reason: str
 
 
-def _row(ranks: int, stage: int, global_batch: int, parameters: int) -> list[float]:
-    return [1.0, global_batch / ranks, math.log2(ranks), step_bytes(parameters, stage, ranks) / 1e6]
+def _row(run: Measured) -> list[float]:
+    sent = step_bytes(run.parameters, run.stage, run.ranks) / 1e6
+    return [run.sharing, run.sharing * run.global_batch / run.ranks, math.log2(run.ranks), sent]
 
 
 def fit_throughput(runs: Sequence[Measured]) -> ThroughputFit | TooFewRuns:
@@ -78,21 +90,24 @@ def fit_throughput(runs: Sequence[Measured]) -> ThroughputFit | TooFewRuns:
     if len({run.ranks for run in inner}) >= 2 and len(inner) >= 3:
         guess = ThroughputFit(dict(zip(TERMS, _solve(inner)[0], strict=True)), 0.0, None)
         errors = [
-            guess.step_s(r.ranks, r.stage, r.global_batch, r.parameters) / r.step_s - 1 for r in runs if r.ranks == worlds[-1]
+            guess.step_s(r.ranks, r.stage, r.global_batch, r.parameters, r.devices) / r.step_s - 1
+            for r in runs
+            if r.ranks == worlds[-1]
         ]
         held_out = float(np.sqrt(np.mean(np.square(errors))))
-    return ThroughputFit(dict(zip(TERMS, terms, strict=True)), error, held_out)
+    wait = float(np.mean([r.wait_s * r.ranks / r.global_batch for r in runs]))
+    return ThroughputFit({**dict(zip(TERMS, terms, strict=True)), WAIT: wait}, error, held_out)
 
 
 def _solve(runs: Sequence[Measured]) -> tuple[list[float], float]:
-    rows = np.array([_row(r.ranks, r.stage, r.global_batch, r.parameters) for r in runs])
+    rows = np.array([_row(r) for r in runs])
     times = np.array([r.step_s for r in runs])
     terms, residual = nnls(rows / times[:, None], np.ones(len(runs)))
     return [float(t) for t in terms], float(residual / math.sqrt(len(runs)))
 
 
 def efficiency(runs: Sequence[Measured]) -> list[tuple[Measured, float]]:
-    """Each run's throughput per rank over that of the smallest world with the same stage and mode of growth.
+    """Each run's throughput per device over that of the smallest world with the same stage and mode of growth.
 
     Weak scaling compares runs with the same batch per rank, strong scaling those with the same global batch; a run is compared
     with the smallest world that shares either.
@@ -106,5 +121,9 @@ def efficiency(runs: Sequence[Measured]) -> list[tuple[Measured, float]]:
             and (r.global_batch == run.global_batch or r.global_batch * run.ranks == run.global_batch * r.ranks)
         ]
         base = min(peers, key=lambda r: r.ranks)
-        result.append((run, (run.samples_per_s / run.ranks) / (base.samples_per_s / base.ranks)))
+        result.append((run, _per_device(run) / _per_device(base)))
     return result
+
+
+def _per_device(run: Measured) -> float:
+    return run.samples_per_s / min(run.ranks, run.devices or run.ranks)

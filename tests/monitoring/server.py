@@ -30,6 +30,13 @@ def require(program: str) -> str:
     return path
 
 
+def free_port() -> int:
+    """A TCP port on loopback that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Prometheus:
     """A running server."""
 
@@ -67,9 +74,7 @@ def running(folder: Path, runs: Path) -> Iterator[Prometheus]:
     config["scrape_configs"][0]["file_sd_configs"] = [{"files": [f"{runs}/.prometheus/*.json"], "refresh_interval": "1s"}]
     folder.mkdir(parents=True)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [require("prometheus"), f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     log = (folder / "log").open("w")
     process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=subprocess.STDOUT)

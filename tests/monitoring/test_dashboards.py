@@ -7,6 +7,8 @@ import re
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from hermes_dist.telemetry.metrics import METRICS, RUN_LABELS
 from monitoring.dashboards.__main__ import BOARDS, FOLDER, render
@@ -75,3 +77,48 @@ def test_alerts_ask_for_metrics_that_exist_and_say_what_to_do() -> None:
             assert metric_of(series)
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert len(rule["annotations"]["description"]) > 50
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_grafana_s_own_types_read_the_json_without_loss(name: str) -> None:
+    """Parsed into the SDK's classes, made from Grafana's schema, and written again: nothing unknown, nothing lost."""
+    data = json.loads((FOLDER / f"{name}.json").read_text())
+    again = json.loads(JSONEncoder(sort_keys=True).encode(Dashboard.from_json(data)))
+    assert again == data
+    for panel in data["panels"]:
+        refs = [target["refId"] for target in panel.get("targets", [])]
+        assert len(set(refs)) == len(refs)
+    assert len({panel["id"] for panel in data["panels"]}) == len(data["panels"])
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_every_variable_that_is_used_is_offered(name: str) -> None:
+    data = json.loads((FOLDER / f"{name}.json").read_text())
+    offered = {variable["name"] for variable in data["templating"]["list"]}
+    used = set(re.findall(r"\$\{?([a-z]+)", json.dumps(data)))
+    assert used <= offered
+    for variable in data["templating"]["list"]:
+        if variable["type"] == "query":
+            metric, label = re.fullmatch(r"label_values\((\w+)(?:\{.*\})?, (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
+            assert label in (*RUN_LABELS, *METRICS[metric].labels)
+
+
+def test_the_compose_file_puts_everything_where_it_is_looked_for() -> None:
+    """Mounts, provisioning paths and the scrape configuration name the same places."""
+    folder = FOLDER.parent.parent
+    services = yaml.safe_load((folder / "docker-compose.yml").read_text())["services"]
+    mounts = {s: dict(reversed(v.split(":")[:2]) for v in services[s]["volumes"]) for s in ("grafana", "prometheus")}
+    (provider,) = yaml.safe_load((folder / "grafana/provisioning/dashboards/hermes.yml").read_text())["providers"]
+    boards = provider["options"]["path"]
+    assert (folder / mounts["grafana"][boards]).resolve() == FOLDER
+    assert (folder / mounts["grafana"]["/etc/grafana/provisioning"]).resolve() == folder / "grafana" / "provisioning"
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (FOLDER / home.removeprefix(f"{boards}/")).is_file()
+    (source,) = yaml.safe_load((folder / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    listen = next(c for c in services["prometheus"]["command"] if "listen-address" in c).split("=")[1]
+    assert source["url"] == f"http://{listen}"
+    scrape = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"][0]["file_sd_configs"][0]["files"]
+    assert scrape == ["../runs/.prometheus/*.json"]
+    assert {"/etc/hermes/monitoring", "/etc/hermes/runs"} <= set(mounts["prometheus"])
+    for service in services.values():
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), "a pinned version"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import least_squares, nnls
 
-from hermes_dist.scaling.curves import gain, size_curves
+from hermes_dist.scaling.curves import gain, gains_of, size_curves
 from hermes_dist.scaling.laws import HUBER, Law, LawFit, NotEnoughPoints, Run, _non_negative, fit_law
 
 SIZES = (1e5, 3e5, 1e6, 3e6, 1e7)
@@ -134,15 +135,24 @@ def test_an_undetermined_exponent_is_named() -> None:
 
 
 def test_curves_of_methods_by_size() -> None:
+    """Universal runs know all datasets; a traditional score is put together from runs of one dataset each."""
+
+    def row(method: str, parameters: float, seed: int, **dice: float | None) -> dict[str, Any]:
+        return {"method": method, "backbone_parameters": parameters, "seed": seed, "dice_by_dataset": dice}
+
     rows = [
-        ("universal", 1e6, 0.80),
-        ("universal", 1e6, 0.82),
-        ("universal", 4e6, 0.86),
-        ("traditional", 1e6, 0.79),
-        ("traditional", 4e6, math.nan),
+        row("hermes", 1e6, 0, ct=0.9, mr=0.7),
+        row("hermes", 1e6, 1, ct=0.9, mr=0.74),
+        row("hermes", 4e6, 0, ct=0.92, mr=0.8),
+        row("traditional", 1e6, 0, ct=0.8),
+        row("traditional", 1e6, 0, mr=0.78),
+        row("traditional", 4e6, 0, ct=0.9),
+        row("traditional", 4e6, 0, mr=None),
+        {"method": "swinunetr", "backbone_parameters": None, "seed": 0, "dice_by_dataset": {"ct": 1.0}},
     ]
     curves = size_curves(rows)
-    assert [p.mean for p in curves["universal"]] == pytest.approx([0.81, 0.86])
-    assert curves["universal"][0].half_width == pytest.approx(12.706 * 0.01, rel=1e-3)
-    assert gain(curves["universal"]) == pytest.approx(0.05)
+    assert [p.mean for p in curves["hermes"]] == pytest.approx([0.81, 0.86])
+    assert curves["hermes"][0].half_width == pytest.approx(12.706 * 0.01, rel=1e-3)
+    assert [(p.parameters, p.mean) for p in curves["traditional"]] == [(1e6, pytest.approx(0.79))], "a dataset is missing at 4e6"
     assert gain(curves["traditional"]) is None
+    assert gains_of(curves) == [("hermes", pytest.approx(0.05))]

@@ -49,7 +49,8 @@ folder.mkdir(exist_ok=True)
 if "--loss" in sys.argv:
     (folder / "val_loss.json").write_text(json.dumps({"loss": 0.25}))
 else:
-    (folder / "val.json").write_text(json.dumps({"mean": {"dice": 0.75}}))
+    scores = [{"dataset": "a", "dice": 0.75}, {"dataset": "b", "dice": None}]
+    (folder / "val.json").write_text(json.dumps({"per_dataset": scores}))
 """
 
 
@@ -213,6 +214,9 @@ def synthetic_rows(law: Law) -> list[dict[str, Any]]:
                     "flops_per_sample": 2e3 * n,
                     "loss": float(law.loss(n, d)),
                     "dice": 0.5,
+                    "dice_by_dataset": {"a": 0.5},
+                    "backbone_parameters": n / 4,
+                    "seed": 0,
                     "zero_stage": 1,
                     "global_batch": 4,
                     "step_s": 0.2,
@@ -232,6 +236,7 @@ def test_the_report_of_a_scaling_study_is_one_page_with_its_law(tmp_path: Path) 
     assert fit.law.alpha == pytest.approx(0.5, abs=0.02)
     page = report(sweep, members(sweep, CONFIGS), rows, "python launch/sweep.py --config scaling.json")
     assert page.count("<svg") == 3
+    assert "gains +0.000" in page
     assert "95 % low" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://creativecommons", "").replace(
         "http://purl.org", ""
@@ -257,7 +262,8 @@ def test_the_report_of_a_throughput_study(tmp_path: Path) -> None:
     assert len(runs) == 6
     page = report(sweep, members(sweep, CONFIGS), rows, "x")
     assert "efficiency" in page
-    assert "Assumes the links" in page
+    assert "Assumes a device for every rank" in page
+    assert "data_wait_per_sample_s" in page
 
 
 def test_a_result_row_reads_the_run_directory(tmp_path: Path, train: Path) -> None:

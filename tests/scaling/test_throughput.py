@@ -11,7 +11,7 @@ from hermes_dist.errors import ConfigError
 from hermes_dist.scaling.communication import Cluster, step_bytes, step_seconds
 from hermes_dist.scaling.data_path import DataPath, data_need, read_bytes, simulate
 from hermes_dist.scaling.devices import DEVICES, find_device, measured_peak, peak_of
-from hermes_dist.scaling.throughput import Measured, ThroughputFit, TooFewRuns, efficiency, fit_throughput
+from hermes_dist.scaling.throughput import TERMS, WAIT, Measured, ThroughputFit, TooFewRuns, efficiency, fit_throughput
 
 
 def test_bytes_of_the_stages() -> None:
@@ -61,13 +61,38 @@ def synthetic(noise: float = 0.0) -> list[Measured]:
 def test_the_fit_recovers_its_terms_and_extrapolates() -> None:
     fit = fit_throughput(synthetic())
     assert isinstance(fit, ThroughputFit)
-    assert list(fit.terms.values()) == pytest.approx([0.02, 0.1, 0.01, 1e-4], rel=1e-3)
+    assert [fit.terms[name] for name in TERMS] == pytest.approx([0.02, 0.1, 0.01, 1e-4], rel=1e-3)
     noisy = fit_throughput(synthetic(0.02))
     assert isinstance(noisy, ThroughputFit)
     assert noisy.relative_error < 0.04
     assert noisy.held_out_error is not None
     assert noisy.held_out_error < 0.15
     assert noisy.samples_per_s(64, 1, 128, 60_000_000) == pytest.approx(fit.samples_per_s(64, 1, 128, 60_000_000), rel=0.1)
+
+
+def test_waiting_for_data_is_a_term_of_its_own() -> None:
+    waiting = [dataclasses.replace(r, wait_s=0.03 * r.global_batch / r.ranks) for r in synthetic()]
+    fit, without = fit_throughput(waiting), fit_throughput(synthetic())
+    assert isinstance(fit, ThroughputFit)
+    assert isinstance(without, ThroughputFit)
+    assert fit.terms[WAIT] == pytest.approx(0.03)
+    assert fit.step_s(4, 1, 8, 10**6) == pytest.approx(without.step_s(4, 1, 8, 10**6) + 0.06)
+
+
+def test_ranks_that_share_a_device_take_turns() -> None:
+    """Four ranks on two cores: the fit sees it, the extrapolation is for a device a rank, and efficiency is per device."""
+    truth = fit_throughput(synthetic())
+    assert isinstance(truth, ThroughputFit)
+    shared = [
+        dataclasses.replace(r, devices=2, step_s=truth.step_s(r.ranks, r.stage, r.global_batch, r.parameters, 2))
+        for r in synthetic()
+    ]
+    fit = fit_throughput(shared)
+    assert isinstance(fit, ThroughputFit)
+    assert [fit.terms[name] for name in TERMS] == pytest.approx([0.02, 0.1, 0.01, 1e-4], rel=1e-3)
+    assert fit.step_s(8, 1, 16, 10**6) < 0.5 * fit.step_s(8, 1, 16, 10**6, devices=2)
+    pair = [Measured(1, 1, 2, 10**6, 0.5, devices=2), Measured(4, 1, 8, 10**6, 1.0, devices=2)]
+    assert [share for _, share in efficiency(pair)] == pytest.approx([1, 1])
 
 
 def test_two_world_sizes_are_not_enough() -> None:

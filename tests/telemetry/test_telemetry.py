@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -264,20 +263,6 @@ def test_a_watched_gauge_is_asked_at_the_scrape(telemetry: Telemetry) -> None:
     assert scrape(telemetry)[("hermes_ready_samples",)] == 3
     depth[0] = 5
     assert scrape(telemetry)[("hermes_ready_samples",)] == 5
-
-
-@pytest.mark.bench
-def test_a_step_costs_less_than_a_millisecond(tmp_path: Path, telemetry: Telemetry) -> None:
-    """With 84 classes: ≤ 1 % of the fastest step seen on GPUs (about 145 ms for two 128³ patches)."""
-    tasks = {f"d{i % 11}/c{i}": {"bce": 0.1, "dice": 0.2} for i in range(84)}
-    row = {**ROW, "task_loss": tasks, "task_pairs": dict.fromkeys(tasks, 1)}
-    telemetry.step(row)
-    start = time.process_time()
-    for _ in range(200):
-        telemetry.step(row)
-    cost_s = (time.process_time() - start) / 200
-    print(f"telemetry.step: {1e3 * cost_s:.3f} ms CPU")
-    assert cost_s < 1.45e-3
 
 
 def test_every_metric_of_the_table_can_be_made(telemetry: Telemetry) -> None:
