@@ -6,6 +6,7 @@ Example:  python launch/plan.py --config large.json --gpus 64 --device H100 --ta
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -41,6 +42,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--simulate-storage", type=float, metavar="GB/s", help="also simulate the data path with this much storage"
     )
+    parser.add_argument("--epochs", type=float, help="train this many times over --cases instead of train.max_steps")
+    parser.add_argument(
+        "--cases", type=int, default=2438, help="cases of the collection: one sample each an epoch (the paper: 2,438)"
+    )
     parser.add_argument("--workers", type=int, default=12, help="data workers per rank, for the simulation")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -50,6 +55,9 @@ def main() -> None:
     args = parse()
     with exit_on_error():
         config = load_config(find_config(args.config, CONFIGS), args.overrides)
+        if args.epochs:
+            steps = max(1, math.ceil(args.epochs * args.cases / config.train.global_batch))
+            config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": steps})})
         device = find_device(args.device, args.price)
         cluster = Cluster(args.gpus_per_node, device.link_bytes_per_s, LINKS[args.link])
         request = Request(config.data.patch_vox_zyx, args.columns, args.tasks, args.modalities)

@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from sweep_backends import BACKENDS, LiveTable, write_results, write_text
+from sweep_backends import BACKENDS, LiveTable, write_report, write_results
 
 from hermes_dist.config import find_config
 from hermes_dist.errors import ConfigError, exit_on_error
@@ -72,8 +72,8 @@ def main() -> int:
         rows = [result_row(member, states[member.name], sweep) for member in everyone]
         folder = Path(sweep.output_dir) / sweep.name
         write_results(folder / "results.parquet", rows)
-        write_text(folder / "report.html", report(sweep, everyone, rows, shlex.join(["python", *sys.argv])))
-        print(f"wrote {folder / 'results.parquet'} and {folder / 'report.html'}")
+        files = write_report(folder, report(sweep, everyone, rows, shlex.join(["python", *sys.argv])))
+        print("wrote", folder / "results.parquet", *files)
     return 0 if all(state.state in ("done", "diverged") for state in states.values()) else 1
 
 

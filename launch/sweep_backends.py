@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -176,6 +177,15 @@ def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     flat = [row | {"dice_by_dataset": json.dumps(row["dice_by_dataset"])} for row in rows]  # members may know other datasets
     pq.write_table(pa.Table.from_pylist(flat), temporary)
     temporary.replace(path)
+
+
+def write_report(folder: Path, page: str) -> list[Path]:
+    """`report.html`, and its figures as files of their own."""
+    figures = [(folder / f"figure{i}.svg", svg) for i, svg in enumerate(re.findall(r"<svg.*?</svg>", page, re.DOTALL), start=1)]
+    files = [(folder / "report.html", page), *figures]
+    for path, text in files:
+        write_text(path, text)
+    return [path for path, _ in files]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,6 +19,14 @@ def test_the_documented_example_works() -> None:
     assert "Recommended" in done.stdout
 
 
+def test_hermes_m_over_epochs_on_a_thousand_cards_with_its_data_path() -> None:
+    options = ["--gpus", "1024", "--epochs", "10", "--cases", "2438", "--simulate-storage", "100"]
+    done = plan("--config", "large.json", *options, "model.backbone=medformer", "train.global_batch=2048")
+    assert done.returncode == 0, done.stderr
+    assert "for 12 steps of 2048 samples" in done.stdout
+    assert "1024 ranks × 12 workers" in done.stdout
+
+
 def test_bad_use_names_the_nearest_device() -> None:
     done = plan("--config", "large.json", "--device", "H10")
     assert done.returncode == 2
