@@ -61,11 +61,9 @@ def main() -> int:
                 raise ConfigError(f"--member {args.member}: the sweep has members 0 to {len(everyone) - 1}")
             chosen = [everyone[args.member]]
         if not args.report_only:
-            table = LiveTable(sweep, chosen)
+            table, backend = LiveTable(sweep, chosen), args.backend or sweep.backend
             try:
-                BACKENDS["local" if args.member is not None else args.backend or sweep.backend](
-                    sweep, chosen, TRAIN, table.update
-                )
+                BACKENDS[backend if args.member is None else "local"](sweep, chosen, TRAIN, table.update)
             finally:
                 table.close()
         states = {member.name: read_state(member) for member in everyone}
@@ -74,7 +72,7 @@ def main() -> int:
         write_results(folder / "results.parquet", rows)
         files = write_report(folder, report(sweep, everyone, rows, shlex.join(["python", *sys.argv])))
         print("wrote", folder / "results.parquet", *files)
-    return 0 if all(state.state in ("done", "diverged") for state in states.values()) else 1
+    return 0 if all(states[member.name].state in ("done", "diverged") for member in chosen) else 1
 
 
 if __name__ == "__main__":

@@ -180,6 +180,24 @@ def test_every_rank_is_in_the_discovery_file_until_it_closes(tmp_path: Path) -> 
     assert json.loads((tmp_path / "prometheus_targets.json").read_text()) == []
 
 
+def test_members_of_a_sweep_are_linked_where_prometheus_looks(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    sweep = open_telemetry(runs / "study")
+    member = open_telemetry(runs / "study" / "seed0")
+    link = runs / ".prometheus" / "study.seed0.json"
+    assert json.loads(link.read_text())[0]["targets"] == [member.address]
+    assert {path.name for path in link.parent.iterdir()} == {"study.json", "study.seed0.json"}
+    member.close()
+    sweep.close()
+
+
+def test_on_several_hosts_the_address_names_the_host(tmp_path: Path) -> None:
+    telemetry = open_telemetry(tmp_path, prometheus_host="0.0.0.0")
+    entries = json.loads((tmp_path / "prometheus_targets.json").read_text())
+    assert entries[0]["targets"][0].split(":")[0] == socket.gethostname()
+    telemetry.close()
+
+
 def test_links_of_deleted_runs_go(tmp_path: Path) -> None:
     for name in ("gone", "here"):
         open_telemetry(tmp_path / name).close()
@@ -192,6 +210,9 @@ def test_declared_classes_start_at_zero(telemetry: Telemetry) -> None:
     values = scrape(telemetry)
     assert values[("hermes_pairs_total", "lits", "tumour")] == 0
     assert values[("hermes_dataset_samples_total", "lits")] == 0
+    # An alert on `increase` would not see the first fault of a series that begins with it.
+    assert values[("hermes_quarantined_cases_total", "lits")] == 0
+    assert values[("hermes_checkpoint_failures_total",)] == 0
 
 
 def test_an_evaluation_report_becomes_scores(telemetry: Telemetry) -> None:
