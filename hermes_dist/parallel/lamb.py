@@ -49,6 +49,7 @@ class Lamb(torch.optim.Optimizer):
         self._index: dict[str, int] = {}
         self._group: dist.ProcessGroup | None = None
         self._replicated = True
+        self._constants: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self.ratios: Tensor | None = None
         """Trust ratios of the last step, one per name of `partition.trainable_names` (NaN: not part of the last call)."""
 
@@ -65,6 +66,7 @@ class Lamb(torch.optim.Optimizer):
             group,
             partition.replicated or not dist.is_initialized() or dist.get_world_size(group) == 1,
         )
+        self._constants = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,21 +109,19 @@ class Lamb(torch.optim.Optimizer):
 
     def _trust_ratios(self, buffers: list[FlatBuffer], group: dict[str, Any]) -> Tensor:
         """float32 ratios by tensor index; one all-reduce."""
-        device = buffers[0].master.device
         views: list[Tensor] = []
         updates: list[Tensor] = []
-        index: list[int] = []
         for buffer in buffers:
             assert buffer.key.grad is not None
             grad = buffer.key.grad.view(-1)
             for s in buffer.segments:
                 views.append(buffer.master[s.flat_start : s.flat_start + s.length])
                 updates.append(grad[s.flat_start : s.flat_start + s.length])
-                index.append(self._index[s.name])
-        squares = torch.zeros(2, len(self._index), dtype=torch.float64, device=device)
+        index, exempt = self._on_device(buffers)
+        squares = torch.zeros(2, len(self._index), dtype=torch.float64, device=index.device)
         if views:
             norms = torch.stack([*_norms(views), *_norms(updates)]).double()
-            squares.index_add_(1, torch.tensor(index, device=device), norms.square_().view(2, -1))
+            squares.index_add_(1, index, norms.square_().view(2, -1))
         if not self._replicated:
             dist.all_reduce(squares, group=self._group)
         weight, update = squares.sqrt_().unbind()
@@ -130,11 +130,18 @@ class Lamb(torch.optim.Optimizer):
             ratios.clamp_(max=self._max_ratio)
         if group["weight_decay"] == 0:
             ratios.fill_(1.0)
-        for name, i in self._index.items():
-            if not self._decays(name):
-                ratios[i] = 1.0
-        self.ratios = ratios
-        return ratios
+        self.ratios = ratios.masked_fill_(exempt, 1.0)
+        return self.ratios
+
+    def _on_device(self, buffers: list[FlatBuffer]) -> tuple[Tensor, Tensor]:
+        """Tensor number of each segment, and which tensors are exempt from ratios: sent once, since sending makes a GPU wait."""
+        key = tuple(map(id, buffers))
+        if key not in self._constants:
+            device = buffers[0].master.device
+            index = torch.tensor([self._index[s.name] for b in buffers for s in b.segments], dtype=torch.int64, device=device)
+            exempt = torch.tensor([not self._decays(name) for name in self._index], device=device)
+            self._constants[key] = (index, exempt)
+        return self._constants[key]
 
     def _apply(self, buffers: list[FlatBuffer], ratios: Tensor, lr: float) -> None:
         for buffer in buffers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -59,22 +59,28 @@ class Batch:
     pending: tuple[Pending, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """This batch on another device. What is `pending` is augmented there: before that image and label are placeholders."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self) if f.name != "pending"}
+        """This batch with image and label on another device.
+
+        Ids and masks stay on the host: whoever decides something by them (checks, sizes, rows to add to) would make the device
+        wait otherwise. What the device needs of them is sent along where it is needed. What is `pending` is augmented on the
+        device: before that image and label are placeholders.
+        """
         if self.pending:
             patch = (int(self.label.shape[1]), int(self.label.shape[2]), int(self.label.shape[3]))
             done = [p.finish(torch.device(device), patch) for p in self.pending]
-            moved["image"] = torch.stack([image for image, _ in done])[:, None]
-            moved["label"] = torch.stack([label for _, label in done])
-        return Batch(**moved)
+            image, label = torch.stack([image for image, _ in done])[:, None], torch.stack([label for _, label in done])
+        else:
+            image, label = (t.to(device, non_blocking=non_blocking) for t in (self.image, self.label))
+        return replace(self, image=image, label=label, pending=())
 
     def targets(self) -> Tensor:
         """(B, T, Z, Y, X) bool: does the voxel belong to the class of column t? False in padding columns."""
-        value = torch.arange(self.class_values.shape[2], device=self.label.device)
+        value = torch.arange(self.class_values.shape[2])
         width = max(int(self.class_values.sum(dim=2).max()), 1)
         # The values of each column in ascending order, -1 behind the last: mostly one, so that one comparison does it.
         ordered = torch.where(self.class_values, value, value.numel()).sort(dim=2).values[:, :, :width]
-        ordered = torch.where(ordered == value.numel(), -1, ordered).to(self.label.dtype)[:, :, :, None, None, None]
+        ordered = torch.where(ordered == value.numel(), -1, ordered)[:, :, :, None, None, None]
+        ordered = ordered.to(self.label.dtype).to(self.label.device, non_blocking=True)
         label = self.label[:, None]
         hit = label == ordered[:, :, 0]
         for i in range(1, width):
@@ -85,7 +91,8 @@ class Batch:
         """(B, Z, Y, X) bool, false where nobody annotated (the dataset's ignore value); None if no sample has one."""
         if not bool((self.ignore_values >= 0).any()):
             return None
-        return self.label != self.ignore_values.to(self.label.dtype)[:, None, None, None]
+        ignored = self.ignore_values.to(self.label.dtype).to(self.label.device, non_blocking=True)
+        return self.label != ignored[:, None, None, None]
 
 
 @dataclass

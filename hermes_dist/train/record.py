@@ -32,20 +32,25 @@ class LossSums:
 
     @staticmethod
     def zeros(tasks: TaskTable, device: torch.device) -> LossSums:
-        """Empty sums; `offsets` (D,) int64 is the first row of each dataset."""
+        """Empty sums on `device`; `offsets` (D,) int64 is the first row of each dataset, on the host."""
         sizes = [len(d.classes) for d in tasks.datasets]
-        offsets = torch.tensor(np.cumsum([0, *sizes[:-1]]), dtype=torch.int64, device=device)
         return LossSums(
-            offsets,
+            torch.tensor(np.cumsum([0, *sizes[:-1]]), dtype=torch.int64),
             torch.zeros(4, sum(sizes), dtype=torch.float64, device=device),
             torch.zeros(1, dtype=torch.float64, device=device),
         )
 
     def add(self, dataset_ids: Tensor, pair_mask: Tensor, losses: Tensor) -> None:
-        """Add the (3, B, T) losses of the valid pairs; column t of a sample is class t of its dataset."""
-        rows = self.offsets[dataset_ids][:, None] + torch.arange(pair_mask.shape[1], device=pair_mask.device)
-        values = torch.cat([losses[:, pair_mask].double(), losses.new_ones(1, int(pair_mask.sum())).double()])
-        self.per_class.index_add_(1, rows[pair_mask], values)
+        """Add the (3, B, T) losses of the valid pairs; column t of a sample is class t of its dataset.
+
+        `dataset_ids` (B,) and `pair_mask` (B, T) lie on the host: which values go where is decided there, so that the device,
+        where the losses are, is not waited for.
+        """
+        rows = (self.offsets[dataset_ids][:, None] + torch.arange(pair_mask.shape[1]))[pair_mask]
+        chosen = pair_mask.flatten().nonzero()[:, 0]
+        rows, chosen = (t.to(losses.device, non_blocking=True) for t in (rows, chosen))
+        values = losses.flatten(1).index_select(1, chosen).double()
+        self.per_class.index_add_(1, rows, torch.cat([values, torch.ones_like(values[:1])]))
 
     def packed(self) -> Tensor:
         """All sums in one vector of 4N + 1 values."""

@@ -48,7 +48,7 @@ class StepLoss:
         output = ask(module, batch.image, batch.task_ids, batch.modality_ids, null_column=self._null_column)
         targets, valid = batch.targets(), batch.valid_voxels()
         overlap = self._config.overlap or "dice"
-        mask = batch.pair_mask
+        mask = batch.pair_mask.to(targets.device, non_blocking=True)
         bce, dice = pair_losses(output.mask_logits, targets, valid, overlap=overlap)
         pairs = bce + dice
         if output.aux_logits is not None:
@@ -59,10 +59,13 @@ class StepLoss:
         modality = loss.new_zeros(())
         if output.modality_logits is not None and self._config.modality_weight:
             modality = functional.cross_entropy(
-                output.modality_logits.float(), batch.modality_targets, ignore_index=-1, reduction="sum"
+                output.modality_logits.float(),
+                batch.modality_targets.to(targets.device, non_blocking=True),
+                ignore_index=-1,
+                reduction="sum",
             )
             loss = loss + self._config.modality_weight * modality / max(self._batch.modality_count, 1)
-        self._sums.add(batch.dataset_ids, mask, torch.stack([bce, dice, pairs]).detach())
+        self._sums.add(batch.dataset_ids, batch.pair_mask, torch.stack([bce, dice, pairs]).detach())
         self._sums.modality += modality.detach().double()
         return loss
 
