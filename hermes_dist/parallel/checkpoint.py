@@ -133,6 +133,11 @@ class Checkpointer:
             self.telemetry.observe("hermes_checkpoint_duration_seconds", seconds, phase="snapshot")
             self.telemetry.observe("hermes_step_part_seconds", seconds, part="checkpoint")
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's part of a checkpoint is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def finish(self) -> None:
         """Wait until the checkpoint under way is complete on the disk. Raises CheckpointError if it could not be written."""
         if self._thread is not None:

@@ -69,6 +69,17 @@ REFUSED_ZERO = {
 """Keys inside `zero_optimization` that cannot work here, and why."""
 
 
+BUFFER_ELEMENTS = {
+    "reduce_bucket_size": 20_000_000,
+    "stage3_prefetch_bucket_size": 20_000_000,
+    "stage3_max_live_parameters": 40_000_000,
+    "stage3_max_reuse_distance": 10_000_000,
+}
+"""Where the user's section says nothing. DeepSpeed's own values are made for models a hundred times as large: a gradient bucket
+of 2 GB (two where communication overlaps), and under stage 3 all gathered weights stay from the forward to the backward pass, so
+that at its peak nothing is saved. 20 million elements are 80 MB, above the largest kernel of Hermes-Large (11 million)."""
+
+
 def zero_stage(config: Config) -> int:
     """The ZeRO stage of the user's section (default 0). Raises ConfigError if it is not 0, 1, 2 or 3."""
     zero = config.deepspeed.get("zero_optimization", {})
@@ -112,9 +123,11 @@ def build_ds_config(config: Config, world_size: int) -> dict[str, Any]:
         ):
             if value != default:
                 raise ConfigError(f"optimizer.{key} = {value!r} is an option of lamb; remove it, or set optimizer.name=lamb")
+    zero = {k: v for k, v in BUFFER_ELEMENTS.items() if stage == 3 or (stage > 0 and not k.startswith("stage3"))}
     steps, micro_batch = accumulation_steps(config, world_size), config.train.micro_batch
     return {
         **section,
+        "zero_optimization": {**zero, **section.get("zero_optimization", {})},
         # DeepSpeed insists that these three multiply; filler samples make the last micro-batch full.
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": steps,

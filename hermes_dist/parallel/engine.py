@@ -35,11 +35,15 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did. `grad_norm` is the global norm before clipping (inf where the step was skipped)."""
+    """What one step did. `grad_norm` is the global norm before clipping (inf where the step was skipped).
+
+    `bad_micro_batches`: those of this rank whose loss was not finite; known where the step was skipped.
+    """
 
     grad_norm: float
     skipped: bool
     parts_s: dict[str, float] = field(default_factory=dict)
+    bad_micro_batches: tuple[int, ...] = ()
 
 
 class _LossModule(nn.Module):
@@ -84,6 +88,7 @@ class Engine:
         wrapped = _LossModule(model, runtime.device.type, bf16=bf16, cache=self.stage < 3)
         self._ds = _initialize(wrapped, self._base, ds_config, runtime.limit_s)
         self._clock = StepClock(runtime.device)
+        self._finite: list[Tensor] = []
         # What the backward pass could not hide: the reduction that is left when it ends.
         self._ds.allreduce_gradients = self._clock.measured("communication", self._ds.allreduce_gradients)
         self.partition: Partition = describe_partition(model, self._ds.optimizer, self.stage, shapes)
@@ -120,6 +125,7 @@ class Engine:
         for group in self._base.param_groups:
             group["lr"] = lr
         self.runtime.begin_vote()
+        self._finite.clear()
         try:
             for index, batch in enumerate(micro_batches):
                 self._accumulate(batch, loss_fn, index, last=index == len(micro_batches) - 1)
@@ -138,7 +144,8 @@ class Engine:
         with self._clock.measure("forward"):
             loss = self._ds(loss_fn, batch)
         # A loss that is not finite poisons every gradient, so that the norm tells all ranks (no synchronisation here).
-        loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        self._finite.append(torch.isfinite(loss.detach()))
+        loss = loss * torch.where(self._finite[-1], 1.0, torch.nan)
         beat(self.steps, f"backward of micro-batch {index}")
         with self._clock.measure("backward"):
             # DeepSpeed averages over ranks: undo it. scale_wrt_gas=False: it does not divide by the accumulation steps.
@@ -154,7 +161,8 @@ class Engine:
             self.partition.clear_gradients()
         self.steps += 1
         self.skipped_steps += skipped
-        return StepStats(float("inf") if skipped else norm, skipped, self._clock.parts_s())
+        bad = tuple(i for i, finite in enumerate(self._finite) if not finite) if skipped else ()
+        return StepStats(float("inf") if skipped else norm, skipped, self._clock.parts_s(), bad)
 
     def _update_replicated(self) -> float:
         """Stage 0: norm, guard and clipping are ours. A parameter without gradient counts as gradient 0, as under ZeRO."""

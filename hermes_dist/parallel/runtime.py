@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,11 +16,13 @@ from types import FrameType
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 import torch.distributed as dist
 
 from hermes_dist.config import Config
 from hermes_dist.errors import UsageError, WaitTimeoutError
+from hermes_dist.parallel.alarm import Alarm
 from hermes_dist.parallel.launchers import Place, read_place
 from hermes_dist.parallel.meeting import agent_store
 from hermes_dist.parallel.watchdog import Watchdog
@@ -44,6 +47,7 @@ class Runtime:
     launcher: str
     limit_s: float
     watchdog: Watchdog
+    alarm: Alarm
     stop_requested: bool = False
     _signalled: bool = False
     _control: dist.ProcessGroup | None = None
@@ -79,6 +83,11 @@ class Runtime:
         except RuntimeError as error:
             raise self.explain(error, "gather over ranks") from error
         return [part[:size].numpy() for part, size in zip(parts, sizes, strict=True)]
+
+    def gather_lines(self, lines: list[str]) -> list[str]:
+        """Lines of all ranks, in rank order, on every rank. For rare news: a collective of a few kilobytes."""
+        text = np.frombuffer("\n".join(lines).encode(), dtype=np.uint8).astype(np.int64)
+        return [line for part in self.gather_int64(text) for line in part.astype(np.uint8).tobytes().decode().splitlines()]
 
     def say(self, line: str) -> None:
         """A line for the person at the terminal, once per run."""
@@ -123,6 +132,8 @@ class Runtime:
         if not any(sign in text for sign in ("imed out", "imeout", "Connection closed", "Connection reset", "closed by peer")):
             return error
         where, first_line = self.watchdog.describe(), text.splitlines()[0][:200]
+        if "imed out" in text or "imeout" in text:
+            self.alarm.ring(f"{where}: {operation} did not complete within {self.limit_s:.0f} s", error)
         return WaitTimeoutError(
             f"{where}: {operation} did not complete within {self.limit_s:.0f} s, or a peer is gone: {first_line}. "
             "Look at the other ranks' output for the first failure; train.step_limit_s is the limit"
@@ -134,6 +145,7 @@ class Runtime:
         A world of one keeps its group: DeepSpeed holds on to it, and a second run in the same process uses it again.
         """
         self.watchdog.close()
+        self.alarm.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         self._handlers.clear()
@@ -159,9 +171,11 @@ def start(config: Config) -> Runtime:
     device = _choose_device(place)
     threads = _choose_threads(place, device)
     limit_s = config.train.step_limit_s
-    _join(place, device, limit_s)
-    watchdog = Watchdog(rank=place.rank, limit_s=limit_s * 1.25 + 10)
-    runtime = Runtime(place.rank, place.local_rank, place.world_size, device, place.launcher, limit_s, watchdog)
+    store = _join(place, device, limit_s)
+    # A connection of its own: a call that waits holds the lock of the connection it uses.
+    alarm = Alarm(None if store is None else store.clone(), place.rank)
+    watchdog = Watchdog(rank=place.rank, limit_s=limit_s * 1.25 + 10, alarm=alarm)
+    runtime = Runtime(place.rank, place.local_rank, place.world_size, device, place.launcher, limit_s, watchdog, alarm)
     if place.world_size > 1:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s))
         assert isinstance(group, dist.ProcessGroup)
@@ -200,23 +214,40 @@ def _choose_threads(place: Place, device: torch.device) -> int:
     return torch.get_num_threads()
 
 
-def _join(place: Place, device: torch.device, limit_s: float) -> None:
+def interface_towards(address: str, port: int) -> str | None:
+    """Name of the network interface that reaches `address` (its own interface if it is this host), or None if unknown."""
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # a datagram socket: nothing is sent, the system only chooses the route
+            local = probe.getsockname()[0]
+    except OSError:
+        return None
+    return next((name for name, own in psutil.net_if_addrs().items() if any(a.address == local for a in own)), None)
+
+
+def _join(place: Place, device: torch.device, limit_s: float) -> dist.Store | None:
+    """Make the world's process group; returns the key-value store that its ranks met in (None for a world of one)."""
     timeout = timedelta(seconds=limit_s)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.master is None:
         if not dist.is_initialized():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
+        return None
     address, port = place.master
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))
-    if address in ("localhost", "127.0.0.1", "::1"):
-        # All ranks are on this host: do not depend on how its name resolves.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if interface := interface_towards(address, port):
+        # gloo would take the interface that this host's own name resolves to, which is often loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         restarts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = agent_store(address, port, place.rank, place.world_size, limit_s) if restarts else None
+        if restarts:
+            store = agent_store(address, port, place.rank, place.world_size, limit_s)
+        else:
+            store = dist.TCPStore(address, port, place.world_size, is_master=place.rank == 0, timeout=timeout, multi_tenant=True)
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        return store
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise WaitTimeoutError(
             f"rank {place.rank} of {place.world_size} could not meet the others at {address}:{port} in {limit_s:.0f} s: {error}. "

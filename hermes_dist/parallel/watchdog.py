@@ -7,23 +7,24 @@ doing, and leaves ending the process to `exit_code`, because a stuck rank holds 
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
-EXIT_HANG = 74
+from hermes_dist.parallel.alarm import EXIT_HANG, Alarm
 
 
 class Watchdog:
     """Watches one process. `operation` says what is going on; `beat` moves the deadline."""
 
-    def __init__(self, *, rank: int, limit_s: float, exit_code: int | None = EXIT_HANG, poll_s: float = 1.0) -> None:
+    def __init__(
+        self, *, rank: int, limit_s: float, alarm: Alarm | None = None, exit_code: int | None = EXIT_HANG, poll_s: float = 1.0
+    ) -> None:
         """`exit_code=None` only reports. The limit should exceed the collectives' limit, so that their errors come first."""
         self._rank, self._limit_s, self._exit_code, self._poll_s = rank, limit_s, exit_code, poll_s
+        self._alarm = alarm or Alarm(None, rank)
         self._operation: str | None = None
         self._step = -1
         self._beat = time.monotonic()
@@ -59,9 +60,7 @@ class Watchdog:
             waited_s = time.monotonic() - self._beat
             if self._operation is None or waited_s < self._limit_s:
                 continue
-            print(f"hang: {self.describe()}: nothing moved for {waited_s:.0f} s; stacks of all threads follow", file=sys.stderr)
-            faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
-            sys.stderr.flush()
+            self._alarm.ring(f"{self.describe()}: nothing moved for {waited_s:.0f} s")
             self.reports += 1
             if self._exit_code is not None:
                 os._exit(self._exit_code)

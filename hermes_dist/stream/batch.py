@@ -100,8 +100,8 @@ class StepBatch:
     """What a rank consumes in one global step.
 
     `pair_count` and `modality_count` are global: valid (sample, task) pairs and stated modalities of the whole step.
-    `identities` and `positions` describe the real local samples in order. `wait_parts_s` sums to `data_wait_s`. `unreadable`
-    are the cases (by number over all manifests) that this rank found to be bad for the first time.
+    `identities`, `positions` and `cases` (`dataset/case_id`) describe the real local samples in order. `wait_parts_s` sums to
+    `data_wait_s`. `unreadable` are the cases (by number over all manifests) that this rank found to be bad for the first time.
     """
 
     step: int
@@ -110,10 +110,16 @@ class StepBatch:
     modality_count: int
     identities: np.ndarray[Any, np.dtype[np.int64]]
     positions: np.ndarray[Any, np.dtype[np.int64]]
+    cases: list[str] = field(default_factory=list[str])
     data_wait_s: float = 0.0
     wait_parts_s: dict[str, float] = field(default_factory=dict[str, float])
     events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     unreadable: tuple[int, ...] = ()
+
+    def cases_of(self, micro_batch: int) -> list[str]:
+        """`dataset/case_id` of the real samples in one micro-batch."""
+        real = [int(batch.pair_mask.any(dim=1).sum()) for batch in self.micro_batches[: micro_batch + 1]]
+        return self.cases[sum(real[:-1]) : sum(real)]
 
 
 class Collator:

@@ -252,6 +252,7 @@ class Stream:
             modality_count=int((self._collator.modality_targets[rows.dataset] >= 0).sum()),
             identities=np.asarray([s.identity for s in mine], np.int64),
             positions=np.arange(start, stop, dtype=np.int64),
+            cases=[self._reader.case_name(s.case) for s in mine],
             events=events,
             unreadable=unreadable,
         )

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import torch
 
 from hermes_dist.config import Config
-from hermes_dist.errors import CheckpointError, NumericalError
+from hermes_dist.errors import CheckpointError, NumericalError, WaitTimeoutError
 from hermes_dist.models import build_model
 from hermes_dist.models.checkpointing import apply_activation_checkpointing
 from hermes_dist.models.compilation import compile_blocks
 from hermes_dist.parallel.checkpoint import Checkpointer
 from hermes_dist.parallel.ds_config import build_ds_config
-from hermes_dist.parallel.engine import Engine
+from hermes_dist.parallel.engine import Engine, StepStats
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.scaling.utilisation import Utilisation
 from hermes_dist.stream.batch import StepBatch
@@ -109,6 +109,9 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                 if stop or state.step == config.train.max_steps:
                     break
         checkpointer.finish()
+    except WaitTimeoutError as error:
+        runtime.alarm.ring(str(error), error)
+        raise
     finally:
         telemetry.close()
     return TrainResult(state.step, loss, stopped_early=state.step < config.train.max_steps)
@@ -136,6 +139,8 @@ def _one_step(
     state.skipped += int(stats.skipped)
     for event in batch.events:
         telemetry.event({"step": batch.step, **event})
+    if stats.skipped:
+        _name_suspects(batch, stats, runtime, telemetry)
     step_s = time.perf_counter() - started + batch.data_wait_s
     record = StepRecord(batch, stats, total, lr, state.order_hash, len(samples), step_s)
     row = record.row(config, tasks)
@@ -156,6 +161,17 @@ def _share(batch: StepBatch, stream: Stream, runtime: Runtime) -> npt.NDArray[np
     return samples[samples[:, 0] >= 0]
 
 
+def _name_suspects(batch: StepBatch, stats: StepStats, runtime: Runtime, telemetry: Telemetry) -> None:
+    """Say which samples a skipped step held, on the terminal and in stream.jsonl: first those whose own loss was not finite."""
+    suspects = [case for index in stats.bad_micro_batches for case in batch.cases_of(index)]
+    telemetry.event({"kind": "skipped_step", "step": batch.step, "samples": batch.cases, "loss_not_finite": suspects})
+    everywhere = runtime.gather_lines(suspects)
+    cause = f"the loss of {', '.join(everywhere)} is" if everywhere else "all losses are finite, and a gradient is"
+    runtime.say(
+        f"step {batch.step} skipped on all ranks: {cause} NaN or Inf; its samples: {', '.join(runtime.gather_lines(batch.cases))}"
+    )
+
+
 def _report(row: dict[str, Any], state: TrainState, config: Config, runtime: Runtime) -> None:
     """Lines on the terminal, and the limit on skipped steps. Raises NumericalError above `train.max_skipped`."""
     if state.step % config.monitor.log_every == 0 or state.step == config.train.max_steps:
@@ -164,16 +180,11 @@ def _report(row: dict[str, Any], state: TrainState, config: Config, runtime: Run
             f"step {state.step:>6}  loss {row['loss']:.4f}  dice loss {row['loss_dice']:.4f}  lr {row['lr']:.2e}  "
             f"{row['step_s']:.2f} s  data {waited:.0%}"
         )
-    if row["skipped"]:
-        runtime.say(
-            f"step {row['step']} skipped: NaN or Inf in loss or gradient "
-            f"(positions {row['position'] - config.train.global_batch} to {row['position'] - 1})"
-        )
     if state.skipped > config.train.max_skipped:
         raise NumericalError(
             f"{state.skipped} steps had NaN or Inf in loss or gradient, more than train.max_skipped={config.train.max_skipped}; "
-            f"the last good checkpoint is in {config.run_dir / 'checkpoints'}; lower optimizer.lr, or look at the cases of the "
-            "skipped positions"
+            f"the last good checkpoint is in {config.run_dir / 'checkpoints'}; lower optimizer.lr, or look at the "
+            "samples named above and in stream.jsonl"
         )
 
 

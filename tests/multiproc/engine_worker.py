@@ -1,6 +1,6 @@
 """Runs engine cases on one rank. Usage: engine_worker.py CASES.json OUT.json; rank 0 writes the results.
 
-A case is a dict: stage, optimizer, steps, batch, micro_batch, and optionally precision, zero (more keys of zero_optimization),
+A case is a dict: stage, optimizer, steps, batch, micro_batch, and optionally model (of `hermes`; else the toy), precision, zero (more keys of zero_optimization),
 run (a directory: load the newest checkpoint first, save at the end), save_at (steps at which to save), poison (step → kind).
 """
 
@@ -19,6 +19,7 @@ from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.lamb import Lamb
 from hermes_dist.parallel.runtime import Runtime, start
 from tests.multiproc import toy
+from tests.multiproc.hermes import HermesKit
 
 
 def case_config(case: dict[str, Any]) -> Any:
@@ -45,21 +46,21 @@ def case_config(case: dict[str, Any]) -> Any:
 
 def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
     config = case_config(case)
-    engine = Engine(toy.make_model(seed=0 if runtime.rank == 0 else 99), config, runtime)
+    kit: Any = HermesKit(case["model"]) if "model" in case else toy
+    engine = Engine(kit.make_model(seed=0 if runtime.rank == 0 else 99), config, runtime)
     out: dict[str, Any] = {"loss": [], "norm": [], "skipped": [], "ratios": [], "first_step": 0}
     checkpointer = Checkpointer(Path(case["run"]), config.checkpoint, runtime) if "run" in case else None
     if checkpointer is not None:
         state = checkpointer.load(engine, case.get("resume", "auto"))
         out["first_step"] = state["step"] if state else 0
     for step in range(out["first_step"], case["steps"]):
-        samples = toy.make_samples(step, case["batch"])
-        pairs = int(sum(s.pair_mask.sum() for s in samples))
+        samples = kit.make_samples(step, case["batch"])
         local = torch.zeros(1)
-        batches = toy.split(samples, runtime.rank, runtime.world_size, case["micro_batch"])
+        batches = kit.split(samples, runtime.rank, runtime.world_size, case["micro_batch"])
         poison = case.get("poison", {}).get(str(step))
         if poison and runtime.rank == runtime.world_size - 1:
             batches[-1].image[:] = float("nan") if poison == "nan" else float("inf")
-        stats = engine.step(batches, toy.make_loss(pairs, local.add_), lr=case["lr"])
+        stats = engine.step(batches, kit.make_loss(kit.pair_count(samples), local.add_), lr=case["lr"])
         out["loss"].append(float(runtime.sum(local)))
         out["norm"].append(stats.grad_norm)
         out["skipped"].append(stats.skipped)

@@ -6,8 +6,10 @@ filler samples with no valid pair.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,11 @@ def collate(samples: Sequence[ToyBatch]) -> ToyBatch:
     return ToyBatch(*parts, branch=samples[0].branch)
 
 
+def pair_count(samples: Sequence[ToyBatch]) -> int:
+    """Valid (sample, task) pairs."""
+    return int(sum(s.pair_mask.sum() for s in samples))
+
+
 def filler(branch: bool) -> ToyBatch:
     """A sample that counts nothing."""
     empty = torch.zeros(1, 2)
@@ -123,10 +130,14 @@ def reference_lamb(
 
 
 def reference_run(
-    optimizer: str, *, steps: int, batch: int, lr: float, decay: float, clip: float, eps: float = 1e-3
+    optimizer: str, *, steps: int, batch: int, lr: float, decay: float, clip: float, eps: float = 1e-3, kit: Any = None
 ) -> dict[str, list]:
-    """The single process with the whole batch in plain PyTorch: losses, gradient norms, LAMB's ratios, EMA at the end."""
-    model = make_model()
+    """The single process with the whole batch in plain PyTorch: losses, gradient norms, LAMB's ratios, EMA at the end.
+
+    `kit`: what has `make_model`, `make_samples`, `pair_count`, `collate`, `make_loss` (default: this module).
+    """
+    kit = kit or sys.modules[__name__]
+    model = kit.make_model()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     params = [p for _, p in named]
     moments = [(torch.zeros_like(p, dtype=torch.float64), torch.zeros_like(p, dtype=torch.float64)) for p in params]
@@ -134,10 +145,9 @@ def reference_run(
     average = [p.detach().clone() for p in params]
     out: dict[str, list] = {"loss": [], "norm": [], "ratios": []}
     for step in range(steps):
-        samples = make_samples(step, batch)
-        pairs = int(sum(s.pair_mask.sum() for s in samples))
+        samples = kit.make_samples(step, batch)
         model.zero_grad(set_to_none=False)
-        loss = make_loss(pairs)(model, collate(samples))
+        loss = kit.make_loss(kit.pair_count(samples))(model, kit.collate(samples))
         loss.backward()
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

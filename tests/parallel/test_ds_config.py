@@ -58,7 +58,7 @@ def test_zero_section_must_be_an_object() -> None:
 
 def test_other_keys_pass_through() -> None:
     got = build({"zero_optimization": {"stage": 2, "overlap_comm": True}, "wall_clock_breakdown": True})
-    assert got["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert got["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 20_000_000}
     assert got["wall_clock_breakdown"] is True
     assert "bf16" not in got
 
@@ -67,3 +67,10 @@ def test_compiling_is_refused_where_weights_are_gathered_by_hooks() -> None:
     assert build({"zero_optimization": {"stage": 2}}, compile=True)
     with pytest.raises(ConfigError, match=r"train.compile with ZeRO stage 3"):
         build({"zero_optimization": {"stage": 3}}, compile=True)
+
+
+def test_buffers_are_of_this_family_of_models_unless_the_user_says_otherwise() -> None:
+    assert build({"zero_optimization": {"stage": 0}})["zero_optimization"] == {"stage": 0}
+    got = build({"zero_optimization": {"stage": 3, "reduce_bucket_size": 7}})["zero_optimization"]
+    assert got["reduce_bucket_size"] == 7
+    assert got["stage3_max_live_parameters"] < 10**8

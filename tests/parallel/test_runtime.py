@@ -11,7 +11,7 @@ import torch
 
 from hermes_dist.config import validate
 from hermes_dist.errors import WaitTimeoutError
-from hermes_dist.parallel.runtime import Runtime, start
+from hermes_dist.parallel.runtime import Runtime, interface_towards, start
 
 
 def test_collectives_of_one(runtime: Runtime) -> None:
@@ -38,3 +38,8 @@ def test_only_lost_peers_are_explained(runtime: Runtime) -> None:
     assert isinstance(lost, WaitTimeoutError)
     assert "rank 0, step" in str(lost)
     assert "sum over ranks did not complete within 60 s" in str(lost)
+
+
+def test_the_interface_is_the_one_that_reaches_the_master() -> None:
+    assert interface_towards("127.0.0.1", 29500) == "lo"
+    assert interface_towards("no-such-host.invalid", 29500) is None

@@ -1,7 +1,7 @@
 """Nothing in a step's forward and backward pass waits for the device.
 
-Tensors on torch's `meta` device have no values: whatever would make an accelerator wait (`item`, `tolist`, a branch on a tensor, a
-boolean index, a copy to the host) is an error there. So a pass over a model on `meta`, with ids on the host, proves it without a GPU.
+Tensors on torch's `meta` device have no values: whatever would make an accelerator wait (`item`, `tolist`, a branch on a tensor,
+a boolean index, a copy to the host) is an error there. A pass over a model on `meta`, ids on the host, proves it without a GPU.
 """
 
 from __future__ import annotations
