@@ -1,7 +1,7 @@
 """Hermes itself for engine tests, with the interface of `toy`: narrow Hermes-R and Hermes-M, three datasets of 3, 1 and 5 tasks.
 
-Batches come from the collator and the loss from the trainer, so that tasks are mixed per sample, columns are padded and ranks hold
-fillers as in training. The stem is frozen; the modality head is a branch that nobody uses (its loss has no weight).
+Batches come from the collator and the loss from the trainer, so that tasks are mixed per sample, columns are padded and ranks
+hold fillers as in training. The stem is frozen; the modality head is a branch that nobody uses (its loss has no weight).
 """
 
 from __future__ import annotations

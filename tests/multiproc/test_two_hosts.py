@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.multiproc.hosts import Host, two_hosts, why_not
-from tests.multiproc.ranks import ROOT, run_ranks
+from tests.multiproc.ranks import run_ranks
 
 REASON = why_not()
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
