@@ -173,7 +173,8 @@ def start(config: Config) -> Runtime:
     limit_s = config.train.step_limit_s
     store = _join(place, device, limit_s)
     # A connection of its own: a call that waits holds the lock of the connection it uses.
-    alarm = Alarm(None if store is None else store.clone(), place.rank)
+    clone = None if store is None else store.clone()  # pyright: ignore[reportAttributeAccessIssue] - missing in torch's stubs
+    alarm = Alarm(clone, place.rank)
     watchdog = Watchdog(rank=place.rank, limit_s=limit_s * 1.25 + 10, alarm=alarm)
     runtime = Runtime(place.rank, place.local_rank, place.world_size, device, place.launcher, limit_s, watchdog, alarm)
     if place.world_size > 1:

@@ -1,7 +1,8 @@
 """Runs engine cases on one rank. Usage: engine_worker.py CASES.json OUT.json; rank 0 writes the results.
 
-A case is a dict: stage, optimizer, steps, batch, micro_batch, and optionally model (of `hermes`; else the toy), precision, zero (more keys of zero_optimization),
-run (a directory: load the newest checkpoint first, save at the end), save_at (steps at which to save), poison (step → kind).
+A case is a dict: stage, optimizer, steps, batch, micro_batch, and optionally model (of `hermes`; else the toy), precision, zero
+(more keys of zero_optimization), run (a directory: load the newest checkpoint first, save at the end), save_at (steps at which to
+save), poison (step → kind).
 """
 
 from __future__ import annotations

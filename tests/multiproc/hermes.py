@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "hermes-r": {"base_channels": 8, "blocks": [1, 1, 1, 1]},
     "hermes-m": {"backbone": "medformer", "base_channels": 8},
 }
-PATCH = (32, 32, 16)
+PATCH = (32, 32, 32)
 
 
 class HermesKit:
