@@ -37,7 +37,7 @@ from hermes_dist.parallel.fragments import (
     write_tensors,
 )
 from hermes_dist.parallel.runtime import Runtime
-from hermes_dist.parallel.snapshot import Snapshot, restore_random, restore_snapshot, take_snapshot
+from hermes_dist.parallel.snapshot import Snapshot, changed_settings, restore_random, restore_snapshot, take_snapshot
 from hermes_dist.telemetry.telemetry import Telemetry
 
 FORMAT = 1
@@ -106,9 +106,10 @@ class Checkpointer:
         self.telemetry: Telemetry | None = None
         """Where durations, size, age and failures are reported."""
 
-    def save(self, engine: Engine, state: dict[str, Any], step: int) -> None:
+    def save(self, engine: Engine, state: dict[str, Any], step: int, *, best: bool = False) -> None:
         """Write a checkpoint of `engine` and the JSON-able `state` of the caller, as `step_{step:08d}`.
 
+        `best`: it is the best so far, and is kept until a better one is complete.
         With `checkpoint.background` it returns once a snapshot is taken; `finish` or the next `save` waits for the file.
 
         Raises:
@@ -123,7 +124,7 @@ class Checkpointer:
         snapshot = take_snapshot(engine, copy=self._config.background)
         self._runtime.barrier()
         # A daemon: a rank that failed must be able to end although its writer waits for a peer that is gone.
-        job = threading.Thread(target=self._write, args=(temporary, snapshot, state, step), name="checkpoint", daemon=True)
+        job = threading.Thread(target=self._write, args=(temporary, snapshot, state, step, best), name="checkpoint", daemon=True)
         self._thread = job
         job.start()
         if not self._config.background:
@@ -181,6 +182,9 @@ class Checkpointer:
 
     def _restore(self, engine: Engine, stored: Stored) -> dict[str, Any]:
         index = stored.index
+        changes = changed_settings(index["common"].get("config", {}), engine.config.model_dump(mode="json"))
+        if changes:
+            self._runtime.say(f"note: settings changed since {stored.path.name}: {'; '.join(changes)}")
         reader = stored.reader()
         restore_snapshot(engine, reader, index["common"], str(stored.path))
         buffers = read_extra(stored, "rank_00000.safetensors", "buffer")
@@ -195,7 +199,7 @@ class Checkpointer:
         self._runtime.barrier()
         return index["state"]
 
-    def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int) -> None:
+    def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int, best: bool) -> None:
         began = time.perf_counter()
         try:
             name = f"rank_{self._runtime.rank:05d}.safetensors"
@@ -203,7 +207,7 @@ class Checkpointer:
             entry["fragments"] = [f.to_json() for f in snapshot.fragments]
             write_bytes(temporary / f"{name}.json", json.dumps(entry).encode())
             if self._runtime.rank == 0:
-                self._commit(temporary, snapshot.common, state, step)
+                self._commit(temporary, snapshot.common, state, step, best)
             if self.telemetry is not None:
                 self.telemetry.observe("hermes_checkpoint_duration_seconds", time.perf_counter() - began, phase="write")
         except (HermesError, OSError) as error:
@@ -211,7 +215,7 @@ class Checkpointer:
             if self.telemetry is not None:
                 self.telemetry.add("hermes_checkpoint_failures_total")
 
-    def _commit(self, temporary: Path, common: dict[str, Any], state: dict[str, Any], step: int) -> None:
+    def _commit(self, temporary: Path, common: dict[str, Any], state: dict[str, Any], step: int, best: bool) -> None:
         names = [f"rank_{rank:05d}.safetensors" for rank in range(self._runtime.world_size)]
         files = {name: _await_json(temporary / f"{name}.json", self._runtime.limit_s) for name in names}
         now = time.time()
@@ -236,6 +240,8 @@ class Checkpointer:
         sync_directory(self._root)
         write_bytes(self._root / "latest", f"{final.name}\n".encode())
         self.last_written = final
+        if best:
+            mark_best(self._run_dir, step)
         if self.telemetry is not None:
             self.telemetry.set("hermes_checkpoint_timestamp_seconds", now)
             self.telemetry.set("hermes_checkpoint_step", step)
@@ -264,7 +270,7 @@ def prune(root: Path, config: CheckpointConfig) -> None:
 
 
 def mark_best(run_dir: Path, step: int) -> None:
-    """Spare the checkpoint of `step` from pruning (rank 0 calls it, after an evaluation)."""
+    """Spare the checkpoint of `step` from pruning (on rank 0 only)."""
     write_bytes(run_dir / "checkpoints" / "best", f"step_{step:08d}\n".encode())
 
 

@@ -6,6 +6,7 @@ Kinds of pieces: `param` (fp32 masters and frozen parameters), `ema`, and the op
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,26 @@ def _common(engine: Engine) -> dict[str, Any]:
         "zero_stage": engine.stage,
         "shapes": {name: list(shape) for name, shape in engine.partition.shapes.items()},
         "trainable": list(engine.partition.trainable_names),
+        "config": engine.config.model_dump(mode="json"),
     }
+
+
+HARMLESS = ("run", "stream", "monitor", "checkpoint", "evaluate")
+"""Sections that do not change what a step computes."""
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """`section.key: old → new` for each setting of a resolved configuration that can change the curve. Empty without `before`."""
+    changes: list[str] = []
+    for key in sorted(before.keys() | now.keys()) if before else ():
+        old, new = before.get(key), now.get(key)
+        if (not prefix and key in HARMLESS) or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += changed_settings(old, new, f"{prefix}{key}.")
+        else:
+            changes.append(f"{prefix}{key}: {json.dumps(old)} → {json.dumps(new)}")
+    return changes
 
 
 def restore_snapshot(engine: Engine, reader: FragmentReader, common: dict[str, Any], where: str) -> None:

@@ -167,8 +167,11 @@ def evaluate_during_training(
     runtime: Runtime,
     telemetry: Telemetry,
     step: int,
-) -> None:
-    """Evaluate `evaluate.split` with the averaged weights; adds a line to `evaluation/history.jsonl` and sets the gauges."""
+) -> float | None:
+    """Evaluate `evaluate.split` with the averaged weights; adds a line to `evaluation/history.jsonl` and sets the gauges.
+
+    Returns the mean Dice on rank 0 (None where no class could be scored), None on the other ranks.
+    """
     started = time.perf_counter()
     weights = engine.averaged_weights()
     model = predict.load_model(config, tasks, weights, runtime.device, source=f"step {step}")
@@ -177,7 +180,7 @@ def evaluate_during_training(
     )
     result = evaluate(model, job, runtime)
     if result is None:
-        return
+        return None
     seconds = time.perf_counter() - started
     row = {
         "step": step,
@@ -193,6 +196,7 @@ def evaluate_during_training(
     _export(telemetry, result, seconds)
     mean = result["mean"]["dice"]
     runtime.say(f"step {step}: mean Dice on {job.split} {'–' if mean is None else format(mean, '.3f')} in {seconds:.0f} s")
+    return mean
 
 
 def class_mask(label: npt.NDArray[np.integer[Any]], task: TaskClass) -> npt.NDArray[np.bool_]:

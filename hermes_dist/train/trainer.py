@@ -43,6 +43,7 @@ class TrainState:
     seed: int = 0
     tasks_digest: str = ""
     collection_digest: str = ""
+    best_dice: float | None = None
     version: int = 1
 
 
@@ -100,12 +101,14 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
         ) as stream:
             for batch in stream:
                 loss = _one_step(engine, batch, stream, state, config, tasks, runtime, telemetry)
+                best = False
                 if config.evaluate.every_steps and state.step % config.evaluate.every_steps == 0:
-                    evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
+                    dice = evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
+                    best = _is_best(dice, state, runtime)
                 stop = runtime.stop_requested
                 due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
-                if stop or due or state.step == config.train.max_steps:
-                    checkpointer.save(engine, asdict(state), state.step)
+                if stop or due or best or state.step == config.train.max_steps:
+                    checkpointer.save(engine, asdict(state), state.step, best=best)
                 if stop or state.step == config.train.max_steps:
                     break
         checkpointer.finish()
@@ -170,6 +173,15 @@ def _name_suspects(batch: StepBatch, stats: StepStats, runtime: Runtime, telemet
     runtime.say(
         f"step {batch.step} skipped on all ranks: {cause} NaN or Inf; its samples: {', '.join(runtime.gather_lines(batch.cases))}"
     )
+
+
+def _is_best(dice: float | None, state: TrainState, runtime: Runtime) -> bool:
+    """Whether rank 0's `dice` is the best so far: the same answer on every rank."""
+    seen = float(runtime.sum(torch.tensor([dice if dice is not None else 0.0], dtype=torch.float64))[0])
+    if seen <= (state.best_dice or 0.0):
+        return False
+    state.best_dice = seen
+    return True
 
 
 def _report(row: dict[str, Any], state: TrainState, config: Config, runtime: Runtime) -> None:

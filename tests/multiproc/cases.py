@@ -21,9 +21,9 @@ def reference(optimizer: str, clip: float = 0.3) -> dict[str, list]:
     return reference_run(optimizer, steps=20, batch=6, lr=0.02, decay=0.01, clip=clip)
 
 
-def run_cases(cases: list[dict[str, Any]], world_size: int, tmp_path: Path) -> list[dict[str, Any]]:
+def run_cases(cases: list[dict[str, Any]], world_size: int, tmp_path: Path, limit_s: float = 180) -> list[dict[str, Any]]:
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run_ranks(WORKER, [str(tmp_path / "cases.json"), str(tmp_path / "out.json")], world_size)
+    run_ranks(WORKER, [str(tmp_path / "cases.json"), str(tmp_path / "out.json")], world_size, limit_s)
     return json.loads((tmp_path / "out.json").read_text())
 
 

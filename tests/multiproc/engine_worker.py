@@ -2,7 +2,7 @@
 
 A case is a dict: stage, optimizer, steps, batch, micro_batch, and optionally model (of `hermes`; else the toy), precision, zero
 (more keys of zero_optimization), run (a directory: load the newest checkpoint first, save at the end), save_at (steps at which to
-save), poison (step → kind).
+save), poison (step → kind), weights (a file for the final weights, instead of lists in the results).
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
     names = engine.partition.trainable_names
     weights, averaged = engine.gather_weights(averaged=False), engine.averaged_weights()
     out["names"] = names
+    if "weights" in case:
+        if runtime.rank == 0:
+            torch.save(weights, case["weights"])
+        return out
     out["weights"] = [weights[n].flatten().tolist() for n in names]
     out["ema"] = [averaged[n].flatten().tolist() for n in names]
     out["all_names"] = list(weights)

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,8 +69,7 @@ def why_not() -> str | None:
 def two_hosts(folder: Path) -> Generator[tuple[Host, Host]]:
     """Two namespaces with addresses 10.231.N.1 and .2; everything in them is killed at the end."""
     number, names = os.getpid() % 200, [f"hermes-{os.getpid()}-{i}" for i in (1, 2)]
-    private = folder / "private"
-    private.mkdir()
+    private = Path(tempfile.mkdtemp(prefix="hnet-"))  # Ray's sockets need a short path
     hosts: list[Host] = []
     try:
         for i, name in enumerate(names, start=1):
@@ -81,6 +81,8 @@ def two_hosts(folder: Path) -> Generator[tuple[Host, Host]]:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "veth0")
             for device in ("lo", "veth0"):
                 _ip("-n", host.name, "link", "set", device, "up")
+            # Programs find their own address by asking for the route to anywhere.
+            _ip("-n", host.name, "route", "add", "default", "dev", "veth0")
         yield hosts[0], hosts[1]
     finally:
         for host in hosts:
@@ -88,6 +90,7 @@ def two_hosts(folder: Path) -> Generator[tuple[Host, Host]]:
             for process in host.processes:
                 process.communicate()
             _ip("netns", "delete", host.name)
+        private.rmdir()
 
 
 def _ip(*args: str) -> None:

@@ -9,11 +9,15 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_tools.collection import read_collection_file
+from data_tools.convert import Settings, convert
+from data_tools.phantom import write_phantoms
 from tests.multiproc.hosts import Host, two_hosts, why_not
-from tests.multiproc.ranks import run_ranks
+from tests.multiproc.ranks import ROOT, run_ranks
 
 REASON = why_not()
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -89,3 +93,46 @@ def test_deepspeed_launcher_on_two_hosts(hosts: tuple[Host, Host], tmp_path: Pat
     outputs = finish(processes)
     assert "2 process(es) by deepspeed" in outputs[0]
     assert losses(run) == pytest.approx(expected(tmp_path / "one", steps), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    collection = read_collection_file(write_phantoms(folder / "raw", seed=3, cases=3))
+    convert(collection, str(folder / "store"), Settings(workers=0), say=lambda _: None)
+    return folder / "store"
+
+
+def training(store: Path, out: Path, *more: str) -> list[str]:
+    settings = [f'data.stores=["{store}"]', f"run.output_dir={out}", "run.name=run", "train.max_steps=3", "train.global_batch=4"]
+    quiet = ["train.micro_batch=1", "optimizer.eps=1e-3", "monitor.prometheus_port=-1"]
+    return ["launch/train.py", "--config", "demo.json", *settings, *quiet, *more]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_over_a_ray_cluster_of_head_and_worker(hosts: tuple[Host, Host], store: Path, tmp_path: Path) -> None:
+    """Ray's head on one host, a worker on the other, one training rank on each: the samples and losses of one process."""
+    head, worker = hosts
+    env = {**PATH, "RAY_AUTH_MODE": "disabled"}
+    common = ["--num-cpus", "1", "--object-store-memory", str(100 << 20), "--disable-usage-stats"]
+    address = f"{head.address}:6379"
+    folder = ["--temp-dir", str(head.private)]
+    ray = ["ray", "start", "--head", "--port", "6379", "--include-dashboard", "false", "--node-ip-address", head.address, *folder]
+    finish([head.start([*ray, *common], env)])
+    finish([worker.start(["ray", "start", "--address", address, "--node-ip-address", worker.address, *common], env)])
+    program = training(
+        store, tmp_path, "stream.backend=ray", f"stream.ray_address={address}", "deepspeed.zero_optimization.stage=3"
+    )
+    outputs = finish([host.start([*torchrun(host, head, "--nnodes", "2"), *program], env) for host in hosts])
+    assert "2 process(es) by torchrun" in outputs[0]
+    alone = subprocess.run(
+        [sys.executable, *training(store, tmp_path / "alone", "stream.backend=inline")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    expected, found = rows(tmp_path / "alone"), rows(tmp_path)
+    assert [r["order_hash"] for r in found] == [r["order_hash"] for r in expected]
+    assert [r["loss"] for r in found[:2]] == pytest.approx([r["loss"] for r in expected[:2]], rel=1e-5)

@@ -163,6 +163,26 @@ def test_the_best_one_and_one_per_hours_are_kept(tmp_path: Path, runtime: Runtim
     assert [c.step for c in list_checkpoints(tmp_path)] == [5, 4, 2, 1, 0]
 
 
+def test_the_best_so_far_is_kept_until_a_better_one_is_complete(tmp_path: Path, runtime: Runtime) -> None:
+    engine = make_engine(runtime)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1), runtime)
+    for step, best in enumerate([True, False, True, False, False]):
+        checkpointer.save(engine, {}, step, best=best)
+    checkpointer.finish()
+    assert [c.step for c in list_checkpoints(tmp_path)] == [4, 2]
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000002\n"
+
+
+def test_settings_that_changed_are_named_at_resume(tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    save_some(tmp_path, runtime, steps=1)
+    again = make_engine(runtime, stage=2, optimizer={"clip_norm": 0.5}, monitor={"log_every": 3})
+    Checkpointer(tmp_path, CONFIG, runtime).load(again)
+    said = "settings changed since step_00000001: deepspeed.zero_optimization.stage: 1 → 2; optimizer.clip_norm: 1.0 → 0.5"
+    assert said in capsys.readouterr().err.replace("\n", "")
+    Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime))
+    assert "settings changed" not in capsys.readouterr().err
+
+
 def test_weights_are_those_of_the_state_dict_averaged_by_default(tmp_path: Path, runtime: Runtime) -> None:
     engine = save_some(tmp_path, runtime)
     averaged = read_weights(tmp_path)

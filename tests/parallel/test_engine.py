@@ -66,6 +66,13 @@ def test_a_bad_loss_is_skipped_even_where_its_gradient_is_finite(stage: int, run
     assert not engine.step(batches, toy.make_loss(6), lr=0.1).skipped
 
 
+def test_micro_batches_whose_loss_is_not_finite_are_told(runtime: Runtime) -> None:
+    batches = toy.split(toy.make_samples(0, 4), 0, 1, 2)
+    batches[1].image[:] = float("nan")
+    stats = make_engine(runtime).step(batches, toy.make_loss(6), lr=0.1)
+    assert stats.bad_micro_batches == (1,)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_vectors_without_decay_and_a_limit_of_the_ratios(stage: int, runtime: Runtime) -> None:
     options = {"weight_decay": 0.1, "decay_exclude": "vectors", "max_trust_ratio": 0.5}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hermes_dist.stream.batch import Collator, local_part, micro_batch_count
+from hermes_dist.stream.batch import Collator, StepBatch, local_part, micro_batch_count
 from hermes_dist.stream.reader import Sample
 from hermes_dist.tasks import TaskTable
 
@@ -60,6 +60,13 @@ def test_valid_voxels_leave_out_the_ignore_value_of_that_dataset_only(tasks: Tas
     assert valid[0].all()
     assert np.array_equal(valid[1].numpy(), samples[1].label != 255)
     assert collator.collate(samples[:1]).valid_voxels() is None
+
+
+def test_cases_of_a_micro_batch_leave_out_fillers(tasks: TaskTable) -> None:
+    collator = Collator(tasks, PATCH)
+    batches = [collator.collate([sample(0), sample(1, 1)]), collator.collate([]), collator.collate([sample(2)])]
+    step = StepBatch(0, batches, 1, 1, np.zeros(3, np.int64), np.arange(3), cases=["a/0", "b/1", "a/2"])
+    assert [step.cases_of(i) for i in range(3)] == [["a/0", "b/1"], [], ["a/2"]]
 
 
 def test_filler_has_no_valid_pair_but_tasks_to_run_with(tasks: TaskTable) -> None:
