@@ -22,4 +22,4 @@ def test_loss_curve_of_20_steps(
         cells = " | ".join(f"{loss:.1e}, {change:.1e}" for loss, change in found)
         print(f"\n| {model} | {optimizer} | {world} | {cells} |")
     assert all(loss < 1e-5 for loss, _ in found)
-    assert all(change < 1e-2 for _, change in found)
+    assert all(change < 3e-2 for _, change in found)

