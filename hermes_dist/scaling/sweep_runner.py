@@ -101,14 +101,17 @@ class Runner:
             lock.close()
             self.states[member.name] = State("waiting", 0, "still running from an earlier start; waiting for it")
             return []
-        found = to_run(read_state(member), member.results(self._sweep))
+        stored, results = read_state(member), member.results(self._sweep)
+        found = to_run(stored, results)
         if found.state != "waiting":
             self.states[member.name] = found
             lock.close()
             return []
+        evaluations = zip(results, member.evaluations(self._sweep, self._train.with_name("evaluate.py")), strict=True)
+        commands = [] if stored.state == "done" else [member.command(self._train)]
+        commands += [command for result, command in evaluations if stored.state != "done" or not result.exists()]
         self._set(member, State("running", self.states[member.name].tries + 1))
         log = (member.run_dir / "log.txt").open("ab")
-        commands = [member.command(self._train), *member.evaluations(self._sweep, self._train.with_name("evaluate.py"))]
         process = _popen(commands[0], log, lock)
         return [Running(member, process, commands[1:], log, lock, time.monotonic(), RowFollower(member.metrics))]
 

@@ -195,7 +195,8 @@ def test_results_that_the_sweep_wants_follow_the_training(tmp_path: Path, train:
     row = result_row(chosen[0], states[chosen[0].name], sweep)
     assert (row["loss"], row["dice"]) == (0.25, 0.75)
     assert row["train_loss"] < 0.25
-    assert "evaluate.py" in (chosen[0].run_dir / "log.txt").read_text()
+    commands = [line for line in (chosen[0].run_dir / "log.txt").read_text().splitlines() if line.startswith("$")]
+    assert [Path(c.split()[2]).name for c in commands] == ["train.py", "evaluate.py", "evaluate.py"], "trained once"
 
 
 def synthetic_rows(law: Law) -> list[dict[str, Any]]:
