@@ -28,7 +28,7 @@ from tests.faults.range_server import RangeServer
 from tests.monitoring.server import MONITORING, Prometheus, require, running
 from tests.stream.tools import write_store
 
-pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
+pytestmark = [pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = MONITORING.parent
 RULES = yaml.safe_load((MONITORING / "alerts" / "rules.yml").read_text())["groups"][0]["rules"]
@@ -94,7 +94,7 @@ def server(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pro
     with running(tmp_path_factory.mktemp("prometheus") / "server", runs) as server:
         history = 'min_over_time(hermes_steps_total{run=~"max_steps10000.*"}[8s] offset 4s) > 6'
         try:
-            server.wait_for(lambda: len(server.query(history)) == 2, 200, "both ranks to be scraped for some seconds")
+            server.wait_for(lambda: len(server.query(history)) == 2, 400, "both ranks to be scraped for some seconds")
         except AssertionError as error:
             logs = [path.read_text()[-3000:] for path in [runs.parent / "log", *runs.glob("proof/*/log.txt")]]
             raise AssertionError("\n".join([str(error), *logs])) from None

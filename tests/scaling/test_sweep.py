@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from hermes_dist.errors import ConfigError
+from hermes_dist.scaling import sweep_runner
 from hermes_dist.scaling.laws import Law, LawFit, NotEnoughPoints
 from hermes_dist.scaling.sweep import Member, StopConfig, SweepConfig, members, read_sweep
 from hermes_dist.scaling.sweep_report import report
@@ -68,7 +69,8 @@ def sweep_of(folder: Path, **changes: Any) -> SweepConfig:
 
 
 @pytest.fixture
-def train(tmp_path: Path) -> Path:
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sweep_runner, "POLL_S", 0.05)
     path = tmp_path / "train.py"
     path.write_text(FAKE_TRAIN)
     return path
