@@ -11,6 +11,7 @@ threads need no collectives, which training uses meanwhile. It follows that all 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -41,6 +42,8 @@ from hermes_dist.parallel.snapshot import Snapshot, changed_settings, restore_ra
 from hermes_dist.telemetry.telemetry import Telemetry
 
 FORMAT = 1
+FAILED = "failed"
+"""A file of this name in a temporary directory: one rank gave up, so that rank 0 need not wait for it."""
 _POLL_S = 0.02
 
 
@@ -140,13 +143,22 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:
-        """Wait until the checkpoint under way is complete on the disk. Raises CheckpointError if it could not be written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
+        """Wait until the checkpoint under way is complete on the disk of all ranks.
+
+        No rank returns before: a launcher that ends all ranks when the first one leaves must not meet a half-written one.
+
+        Raises:
+            CheckpointError: it could not be written, here or on another rank.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        failed = int(self._runtime.sum(torch.tensor([int(error is not None)]))[0])
         if error is not None:
             raise CheckpointError(f"{self._root}: the checkpoint could not be written: {error}") from error
+        if failed:
+            raise CheckpointError(f"{self._root}: {failed} other rank(s) could not write the checkpoint; their messages say why")
 
     def load(self, engine: Engine, resume: str = "auto") -> dict[str, Any] | None:
         """Restore `engine` and return the caller's state.
@@ -212,6 +224,8 @@ class Checkpointer:
                 self.telemetry.observe("hermes_checkpoint_duration_seconds", time.perf_counter() - began, phase="write")
         except (HermesError, OSError) as error:
             self._error = error
+            with contextlib.suppress(OSError):
+                (temporary / FAILED).touch()
             if self.telemetry is not None:
                 self.telemetry.add("hermes_checkpoint_failures_total")
 
@@ -320,6 +334,8 @@ def _await_json(path: Path, limit_s: float) -> dict[str, Any]:
     while True:
         if path.is_file():
             return json.loads(path.read_bytes())
+        if (path.parent / FAILED).exists():
+            raise CheckpointError(f"{path.parent}: another rank could not write its part")
         if time.monotonic() > deadline:
             raise CheckpointError(
                 f"{path.parent}: {path.name} did not appear within {limit_s:.0f} s; do all ranks see this file system?"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hermes_dist.config import Config
 from hermes_dist.parallel.clock import StepClock
-from hermes_dist.parallel.ds_config import build_ds_config, zero_stage
+from hermes_dist.parallel.ds_config import BUFFER_ELEMENTS, build_ds_config, zero_stage
 from hermes_dist.parallel.ema import Ema
 from hermes_dist.parallel.lamb import Lamb
 from hermes_dist.parallel.partition import Partition, describe_partition
@@ -90,7 +90,9 @@ class Engine:
         self._clock = StepClock(runtime.device)
         self._finite: list[Tensor] = []
         # What the backward pass could not hide: the reduction that is left when it ends.
-        self._ds.allreduce_gradients = self._clock.measured("communication", self._ds.allreduce_gradients)
+        # Stage 0 copies a bucket of gradients together for it: DeepSpeed's own bucket would hold them all.
+        reduce = functools.partial(self._ds.allreduce_gradients, bucket_size=BUFFER_ELEMENTS["reduce_bucket_size"])
+        self._ds.allreduce_gradients = self._clock.measured("communication", reduce)
         self.partition: Partition = describe_partition(model, self._ds.optimizer, self.stage, shapes)
         if isinstance(self._base, Lamb):
             self._base.bind(self.partition)

@@ -21,13 +21,19 @@ OVERHEAD_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of one rank's states."""
+    """Bytes of one rank's states. `gradients_stay`: their buffer lives between steps too (stage 3)."""
 
     parameters: float
     gradients: float
     optimizer: float
     master: float
     ema: float
+    gradients_stay: bool = False
+
+    @property
+    def at_rest(self) -> float:
+        """Between two steps."""
+        return self.total - (0.0 if self.gradients_stay else self.gradients)
 
     @property
     def total(self) -> float:
@@ -44,6 +50,7 @@ def state_bytes(parameters: int, stage: int, world_size: int, *, ema: bool = Tru
         optimizer=2 * (whole if stage == 0 else part),
         master=0.0 if stage == 0 else part,
         ema=(whole if stage == 0 else part) if ema else 0.0,
+        gradients_stay=stage == 3,
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hermes_dist.parallel.checkpoint import list_checkpoints
 from tests.multiproc.cases import BASE, reference, run_cases
+from tests.multiproc.ranks import start_ranks, wait_ranks
 
 STAGES = (0, 1, 2, 3)
 OPTIMIZERS = ("lamb", "adamw")
@@ -58,3 +60,15 @@ def test_resume_in_another_world_and_stage_goes_on_as_if_nothing_happened(world_
         assert resumed["first_step"] == STOP
         want = reference(spec["optimizer"])
         np.testing.assert_allclose(resumed["loss"], want["loss"][STOP:END], rtol=1e-5, err_msg=spec["run"])
+
+
+@pytest.mark.multiproc
+@pytest.mark.faults
+def test_a_rank_that_cannot_write_stops_all_ranks_and_says_so(tmp_path: Path) -> None:
+    """Long before `step_limit_s`: rank 0 does not wait for a file that will not come."""
+    ranks = start_ranks("tests.multiproc.train_worker", [str(tmp_path), "5", '{"full_disk": 1, "limit_s": 500}'], 2)
+    (code, waiting), (full_code, full) = wait_ranks(ranks, limit_s=240)
+    assert (code, full_code) == (1, 1)
+    assert "No space left on device" in full
+    assert "another rank could not write its part" in waiting
+    assert list_checkpoints(tmp_path) == []

@@ -50,3 +50,18 @@ def test_options_that_must_not_change_the_result(tmp_path: Path) -> None:
     cases = [{**BASE, "stage": stage, "optimizer": name, "micro_batch": 1, "zero": zero} for stage, name, zero in options]
     for case, got in zip(cases, run_cases(cases, 2, tmp_path), strict=True):
         assert_equal_to_reference(got, case["optimizer"], str(case))
+
+
+@pytest.mark.multiproc
+def test_bf16_with_accumulation_has_the_ratios_of_one_process(tmp_path: Path) -> None:
+    """fp32 masters and gradients: from the same weights every stage takes the same step, whoever computes it."""
+    cases = [
+        {**BASE, "steps": 1, "stage": stage, "optimizer": "lamb", "micro_batch": 1, "precision": "bf16"} for stage in (0, 1, 2, 3)
+    ]
+    (alone,) = run_cases(cases[:1], 1, tmp_path)
+    assert alone["norm"][0] != pytest.approx(reference("lamb")["norm"][0], rel=1e-5), "this was computed in fp32"
+    for case, got in zip(cases, run_cases(cases, 2, tmp_path), strict=True):
+        np.testing.assert_allclose(got["loss"], alone["loss"], rtol=1e-6, err_msg=str(case))
+        np.testing.assert_allclose(got["ratios"], alone["ratios"], rtol=1e-5, err_msg=str(case))
+        for a, b in zip(got["weights"], alone["weights"], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=str(case))

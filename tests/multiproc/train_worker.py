@@ -2,7 +2,7 @@
 
 It resumes from RUN_DIR, saves every `save_every` steps, and rank 0 appends `step loss` lines (loss as hex: bitwise) to
 RUN_DIR/losses.txt. Options: stage, save_every, background, limit_s, sleep_s, and what goes wrong: die / hang / fail =
-[rank, step, name of a file that is made first, so that it happens once].
+[rank, step, name of a file that is made first, so that it happens once], full_disk = a rank that cannot write checkpoints.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from hermes_dist.config import Config, validate
 from hermes_dist.errors import exit_on_error
+from hermes_dist.parallel import checkpoint
 from hermes_dist.parallel.checkpoint import Checkpointer
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.runtime import EXIT_REQUEUE, Runtime, start
@@ -48,6 +49,10 @@ def go_wrong(options: dict[str, Any], rank: int, step: int, run_dir: Path) -> No
             time.sleep(3600)
 
 
+def no_space(*_: object) -> dict[str, int]:
+    raise OSError(28, "No space left on device")
+
+
 def train(run_dir: Path, steps: int, options: dict[str, Any]) -> int:
     runtime = start(make_config(options))
     try:
@@ -59,6 +64,8 @@ def train(run_dir: Path, steps: int, options: dict[str, Any]) -> int:
 def loop(run_dir: Path, steps: int, options: dict[str, Any], runtime: Runtime) -> int:
     config = make_config(options)
     engine = Engine(toy.make_model(), config, runtime)
+    if options.get("full_disk") == runtime.rank:
+        checkpoint.write_tensors = no_space
     checkpointer = Checkpointer(run_dir, config.checkpoint, runtime)
     state = checkpointer.load(engine)
     for step in range(state["step"] if state else 0, steps):
