@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from data_tools import convert as conversion
-from data_tools import inspect_store, phantom
+from data_tools import inspect_store
 from data_tools.collection import ResolvedCollection, collection_of_sources, preprocessing_of, read_collection_file
 from data_tools.files import write_json
 from data_tools.report import print_findings, severity_line, summary
@@ -163,6 +163,8 @@ def _phantom(
 
     Example: hermes-shard phantom --out demo_data --seed 7
     """
+    from data_tools import phantom  # scipy takes half a second to load
+
     collection = phantom.write_phantoms(out, seed=seed, cases=cases)
     print(phantom.describe(collection))
     print(f"wrote 4 datasets of {cases} cases and {collection}")

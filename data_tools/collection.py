@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from data_tools.files import read_json
 from data_tools.findings import Finding
 from data_tools.sources import SOURCES
+from data_tools.sources.names import of_dataset, usable_names
 from data_tools.sources.raw import CaseRef, ClassValues, RawDataset, used_values
-from data_tools.splits import assign_splits
+from data_tools.splits import PARTS, SHARES, assign_splits
 from hermes_dist.errors import ConfigError, SourceError, UsageError, nearest
 from hermes_dist.tasks import TaskTable
 from hermes_dist.volume.preprocess import Preprocessing
@@ -51,8 +52,16 @@ class DatasetEntry(BaseModel):
     """Label value (or values, for a region) of each name."""
     ignore_value: int | None = None
     """Voxels of this value were annotated by nobody."""
+    other_values: list[int] = []
+    """Label values that may occur and belong to no class: background here."""
     include: str | None = None
     """Regular expression that a case id must match."""
+    patient: str | None = None
+    """Regular expression on the case id whose first group names the patient (see `patients` of the collection, which wins)."""
+    held_out: str | None = None
+    """Regular expression on the image's path: a release of its own, for testing; the other cases are drawn into train and val."""
+    parts: dict[Literal["train", "val", "test"], int] | None = None
+    """Published numbers of train, val and test; where no split is stated the draw has these shares (default 70 : 10 : 20)."""
     channel: int = 0
     """Which channel of multi-channel images."""
     fold: int = 0
@@ -65,8 +74,26 @@ class DatasetEntry(BaseModel):
     """Layout pattern: relative path of the images with `*` for what names the case."""
     label_files: str | None = None
     """Layout pattern: relative path of the labels with `*` for what names the case."""
+    frames: Literal["labelled"] | None = None
+    """Layout pattern: image and label are cines, and each labelled frame is a case."""
     trust_image_grid: bool = False
     """Labels of the image's shape lie on its grid, whatever their header says."""
+
+    @field_validator("include", "patient", "held_out")
+    @classmethod
+    def _is_regular_expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
+    @field_validator("patient")
+    @classmethod
+    def _names_the_patient(cls, value: str | None) -> str | None:
+        if value is not None and not re.compile(value).groups:
+            raise ValueError("needs a group in parentheses that names the patient")
+        return value
 
 
 class CollectionFile(BaseModel):
@@ -94,7 +121,8 @@ class CollectionFile(BaseModel):
 class ResolvedDataset:
     """A dataset as it will be converted.
 
-    `declared_values`: every label value that may occur (a subset of classes may be used). `split_of`: case id → split.
+    `declared_values`: every label value that may occur (a subset of classes may be used). `split_of`, `patient_of`: by case id.
+    `shares`, `held_out`: how cases without a stated split are drawn.
     """
 
     name: str
@@ -109,6 +137,8 @@ class ResolvedDataset:
     trust_image_grid: bool = False
     split_of: dict[str, str] = field(default_factory=dict[str, str])
     patient_of: dict[str, str] = field(default_factory=dict[str, str])
+    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
+    held_out: frozenset[str] = frozenset()
     findings: list[Finding] = field(default_factory=list[Finding])
 
     @property
@@ -158,7 +188,8 @@ def read_collection_file(path: Path, known_splits: Mapping[tuple[str, str], str]
         for name in table.keys() - set(names):
             raise ConfigError(f"{path}: {what} names dataset {name!r}, which the collection does not have.{nearest(name, names)}")
     for dataset in datasets:
-        dataset.patient_of = {c.case_id: patients.get(dataset.name, {}).get(c.case_id, c.case_id) for c in dataset.cases}
+        stated = patients.get(dataset.name, {})
+        dataset.patient_of.update({c.case_id: stated[c.case_id] for c in dataset.cases if c.case_id in stated})
     assign_splits(datasets, splits, known_splits or {})
     return ResolvedCollection(file.name, datasets, file.shared_tasks, preprocessing_of(file.preprocessing, str(path)))
 
@@ -176,8 +207,6 @@ def collection_of_sources(
     for name in {n for n in names if names.count(n) > 1}:
         raise UsageError(f"two sources are called {name!r}; rename one, or write a collection file with a name for each")
     datasets = [_resolve(e, Path()) for e in entries]
-    for dataset in datasets:
-        dataset.patient_of = {c.case_id: c.case_id for c in dataset.cases}
     assign_splits(datasets, {}, known_splits or {})
     return ResolvedCollection("sources", datasets, [], Preprocessing())
 
@@ -249,7 +278,7 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
         "labels": names,
         "label_ids": entry.label_ids,
     }
-    options |= {k: v for k in ("overlap", "image_suffix", "image_files", "label_files") if (v := getattr(entry, k))}
+    options |= {k: v for k in ("overlap", "image_suffix", "image_files", "label_files", "frames") if (v := getattr(entry, k))}
     raw = SOURCES[layout].open(root, options)
     modality = entry.modality or raw.modality
     if not modality:
@@ -258,6 +287,8 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
         )
     classes = _classes(entry, raw)
     ignore = entry.ignore_value if entry.ignore_value is not None else raw.ignore_value
+    cases, odd_names = usable_names(raw)
+    chosen = [c for c in cases if not entry.include or re.search(entry.include, c.case_id)]
     dataset = ResolvedDataset(
         name=entry.name,
         modality=modality,
@@ -266,20 +297,39 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
         root=root,
         classes=classes,
         ignore_value=ignore,
-        declared_values=frozenset(used_values(classes) | used_values(raw.classes) | ({ignore} if ignore else set())),
-        cases=[c for c in raw.cases if not entry.include or re.search(entry.include, c.case_id)],
+        declared_values=frozenset(
+            used_values(classes) | used_values(raw.classes) | ({ignore} if ignore else set()) | set(entry.other_values)
+        ),
+        cases=chosen,
         trust_image_grid=entry.trust_image_grid,
         findings=[
-            f.at(entry.name, f.case_id)
-            for f in raw.findings
+            of_dataset(f, entry.name)
+            for f in [*raw.findings, *odd_names]
             if not entry.include or not f.case_id or re.search(entry.include, f.case_id)
         ],
     )
     if not dataset.cases and not dataset.findings:
         raise SourceError(f"dataset {entry.name!r}: no case found in {root}; check `path`, `layout` ({layout}) and `include`")
-    stated = {c.case_id: part for part, ids in (raw.splits or {}).items() for c in dataset.cases if c.case_id in set(ids)}
-    dataset.split_of = stated
+    stated = {case_id: part for part, ids in (raw.splits or {}).items() for case_id in ids}
+    dataset.split_of = {c.case_id: stated[c.case_id] for c in chosen if c.case_id in stated}
+    dataset.patient_of = {c.case_id: _patient(entry, raw, c.case_id) for c in chosen}
+    if entry.parts and sum(entry.parts.values()):
+        dataset.shares = {part: entry.parts.get(part, 0) / sum(entry.parts.values()) for part in PARTS}
+    if entry.held_out:
+        inside = {c.case_id: _inside(c, root) for c in chosen}
+        dataset.held_out = frozenset(i for i, name in inside.items() if re.search(entry.held_out, name))
     return dataset
+
+
+def _patient(entry: DatasetEntry, raw: RawDataset, case_id: str) -> str:
+    found = re.search(entry.patient, case_id) if entry.patient else None
+    return found[1] if found else raw.patients.get(case_id, case_id)
+
+
+def _inside(case: CaseRef, root: Path) -> str:
+    """The image's path below the dataset (or the whole of it, for a file map that leads elsewhere)."""
+    image = case.image_path
+    return image.relative_to(root).as_posix() if image.is_relative_to(root) else image.as_posix()
 
 
 def _classes(entry: DatasetEntry, raw: RawDataset) -> list[ClassValues]:

@@ -6,16 +6,15 @@ import hashlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from data_tools.collection import ResolvedCollection
 from data_tools.findings import Finding, sort_findings
 from data_tools.forecast import forecast, peak_bytes, require_space
 from data_tools.integrity import Expected, find_duplicates
-from data_tools.jobs import Job, Outcome, Status, Target
+from data_tools.jobs import Job, Outcome, Status, Target, run_job
 from data_tools.journal import Journal, Key, StorePlan
-from data_tools.pool import run_jobs
 from data_tools.progress import ProgressReport
 from hermes_dist.errors import StoreError, UsageError
 from hermes_dist.shards.collection import Collection
@@ -167,9 +166,8 @@ def _run(jobs: Sequence[Job], target: Target | None, settings: Settings, report:
     sizes = {j.key: sum(f.stat().st_size for f in j.case.files if f.is_file()) for j in jobs}
     outcomes: list[Outcome] = []
     what = "convert" if target else "check"
-    need = peak_bytes if settings.workers > 1 else lambda _: 0
     with ProgressReport(what, len(jobs), sum(sizes.values())) as progress:
-        for outcome in run_jobs(jobs, target, workers=settings.workers, ray_address=settings.ray_address, peak_bytes=need):
+        for outcome in _outcomes(jobs, target, settings):
             outcomes.append(outcome)
             report.status_of[outcome.key] = outcome.status
             report.input_bytes += outcome.input_bytes
@@ -179,6 +177,15 @@ def _run(jobs: Sequence[Job], target: Target | None, settings: Settings, report:
                     print(f"rejected {finding.dataset}/{finding.case_id}: {finding.message}", file=sys.stderr, flush=True)
             progress.advance(sizes[outcome.key])
     return outcomes
+
+
+def _outcomes(jobs: Sequence[Job], target: Target | None, settings: Settings) -> Iterable[Outcome]:
+    if not settings.workers:
+        return (run_job(job, target) for job in jobs)
+    from data_tools.pool import run_jobs  # Ray takes half a second to load
+
+    need = peak_bytes if settings.workers > 1 else lambda _: 0
+    return run_jobs(jobs, target, workers=settings.workers, ray_address=settings.ray_address, peak_bytes=need)
 
 
 def _remember(outcome: Outcome, before: Outcome | None, journal: Journal) -> Outcome:

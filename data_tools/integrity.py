@@ -102,7 +102,9 @@ def _image(image_zyx: np.ndarray) -> Iterable[Finding]:
 
 
 def _label(label_zyx: np.ndarray, expected: Expected) -> Iterable[Finding]:
-    present = {int(v) for v in np.flatnonzero(np.bincount(label_zyx.ravel()))} - {0}
+    top = 256 if label_zyx.dtype.itemsize == 1 else 65536
+    counts = sum((np.bincount(plane.ravel(), minlength=top) for plane in label_zyx), start=np.zeros(top, np.int64))
+    present = {int(v) for v in np.flatnonzero(counts)} - {0}
     undeclared = sorted(present - expected.declared_values)
     if undeclared:
         message = f"label holds undeclared values {undeclared[:10]}"

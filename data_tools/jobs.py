@@ -164,17 +164,23 @@ class _PreparedCase:
     placement: Placement
     stats: dict[str, float]
 
+    def take_image(self) -> np.ndarray:
+        """The image, which is then held by the caller alone: the writer may let go of it before it compresses."""
+        image, self.image_zyx = self.image_zyx, self.image_zyx[:0].copy()
+        return image
+
 
 def _prepare(job: Job, raw: RawCase, findings: list[Finding]) -> _PreparedCase:
     stats = {"raw_min": float(raw.image_zyx.min()), "raw_max": float(raw.image_zyx.max())}
     image, placement, made = preprocess_image(raw.image_zyx, raw.grid, job.modality, job.params)
-    raw.image_zyx = image[:0]  # the scan itself is not needed any more; at most one full copy lives at a time
+    raw.image_zyx = raw.image_zyx[:0].copy()  # the scan itself is not needed any more; at most one full copy lives at a time
     label = preprocess_label(raw.label_zyx, raw.grid, placement, job.params)
     total = int(np.count_nonzero(raw.label_zyx))
     outside = total - int(np.count_nonzero(placement.orientation.apply(raw.label_zyx)[placement.crop_slices]))
     if outside > LOST_LABEL_WARNING * total:
         message = f"{outside:,} of {total:,} labelled voxels lie in air outside the body and are cropped away"
         findings.append(Finding("crop", "warn", message, 'set "crop_body": false in preprocessing'))
+    raw.label_zyx = label[:0].copy()
     return _PreparedCase(image, label, placement, stats | made)
 
 
@@ -190,7 +196,7 @@ def _store(job: Job, writer: CaseWriter, prepared: _PreparedCase, content_hash: 
         stats=prepared.stats,
     )
     try:
-        entry = writer.write_case(record, prepared.image_zyx, prepared.label_zyx)
+        entry = writer.write_case(record, prepared.take_image(), prepared.label_zyx)
     except DataError as error:
         raise type(error)(f"{job.dataset}/{job.case.case_id}: {error}") from error
     return sum(entry.row.file_bytes)

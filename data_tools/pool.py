@@ -42,14 +42,10 @@ def run_jobs(
     Args:
         jobs: the cases.
         target: where cases go, or None to check only.
-        workers: 0 = in this process, one after the other; else that many Ray workers.
+        workers: how many Ray workers.
         ray_address: `local` starts Ray here and stops it at the end; else a cluster's address.
         peak_bytes: memory a job may need.
     """
-    if workers == 0:
-        for job in jobs:
-            yield run_job(job, target)
-        return
     started_here = not ray.is_initialized()
     if started_here:
         start_ray(workers, ray_address)

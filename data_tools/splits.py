@@ -1,9 +1,10 @@
 """Which case is for training, validation or test.
 
 In order: the collection's `splits`; what the dataset itself states (splits_final.json, datalist parts, meta.csv); what an
-existing store says; else 70 / 10 / 20 % by patient, drawn by a hash of the patient's name, so that it needs no seed, is the same
-everywhere, and a patient is in one part over all datasets. With fewer than five patients `val` is empty; a single patient is for
-training.
+existing store says; else 70 / 10 / 20 % (or the shares of `parts`) by patient, drawn by a hash of the patient's name, so that it
+needs no seed, is the same everywhere, and a patient is in one part over all datasets. With fewer than five patients `val` is
+empty; a single patient is for training. Where some cases are `held_out` they are the test part, and the others are drawn into the
+other two.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class HasSplits(Protocol):
     cases: list[CaseRef]
     split_of: dict[str, str]
     patient_of: dict[str, str]
+    shares: Mapping[str, float]
+    held_out: frozenset[str]
     findings: list[Finding]
 
 
@@ -84,11 +87,18 @@ def _stated(dataset: HasSplits, parts: Mapping[str, list[str]]) -> dict[str, str
 
 
 def _draw(dataset: HasSplits, part_of_patient: dict[str, str]) -> None:
+    for case_id in sorted(dataset.held_out):
+        part_of_patient.setdefault(dataset.patient_of[case_id], "test")
     patients = sorted({dataset.patient_of[c.case_id] for c in dataset.cases})
-    quota = {part: round(share * len(patients)) for part, share in SHARES.items()}
+    quota = {part: round(share * len(patients)) for part, share in dataset.shares.items()}
     if len(patients) < MIN_PATIENTS_FOR_VAL:
         quota["val"] = 0
     quota["test"] = 0 if len(patients) == 1 else max(1, quota["test"])
+    if dataset.held_out:
+        drawn = len({p for p in patients if part_of_patient.get(p) != "test"})
+        learn = dataset.shares["train"] + dataset.shares["val"]
+        quota["test"] = len(patients) - drawn
+        quota["val"] = round(drawn * dataset.shares["val"] / learn) if learn and drawn >= MIN_PATIENTS_FOR_VAL else 0
     for patient in patients:
         if patient in part_of_patient:
             quota[part_of_patient[patient]] -= 1

@@ -1,5 +1,6 @@
 """Raw layouts: one file each, one line each here. `detect` is asked in this order."""
 
+from data_tools.sources.chaos import ChaosSource
 from data_tools.sources.dicom import DicomSource
 from data_tools.sources.folders import BidsSource, ClassFilesSource, FolderSource
 from data_tools.sources.listed import DatalistSource, MsdSource
@@ -14,6 +15,7 @@ SOURCES: dict[str, Source] = {
     "classfiles": ClassFilesSource(),
     "bids": BidsSource(),
     "folder": FolderSource(),
+    "chaos": ChaosSource(),
     "dicom": DicomSource(),
     "pattern": PatternSource(),
 }

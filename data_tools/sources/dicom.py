@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydicom
 from pydicom.dataset import Dataset
 
 from data_tools.findings import Finding, RejectedError
+from data_tools.sources.chaos import has_masks
 from data_tools.sources.contours import roi_masks
 from data_tools.sources.dicom_seg import segment_masks
 from data_tools.sources.raw import CaseRef, ClassValues, RawCase, RawDataset, case_digest
-from data_tools.sources.series import IMAGE_MODALITIES, files_in, is_dicom, read_dataset, stack
+from data_tools.sources.series import IMAGE_MODALITIES, files_in, is_dicom, read_dataset, read_header, stack
 from data_tools.sources.volumes import MAX_REGION_CLASSES, class_bits, merge_masks, overlap_finding
 
 LABEL_MODALITIES = frozenset({"RTSTRUCT", "SEG"})
@@ -27,8 +28,8 @@ class DicomSource:
     """See `raw.Source`."""
 
     def detect(self, path: Path) -> bool:
-        """Any of the first files carries the DICM mark."""
-        return path.is_dir() and any(is_dicom(f) for f in _some_files(path))
+        """Any of the first files carries the DICM mark, and the masks are not PNGs."""
+        return path.is_dir() and not has_masks(path) and any(is_dicom(f) for f in _some_files(path))
 
     def open(self, path: Path, options: Mapping[str, Any]) -> RawDataset:
         """One case per folder that directly holds DICOM files. Only headers are read; classes are the ROI or segment names."""
@@ -45,8 +46,11 @@ class DicomSource:
             len(names) <= MAX_REGION_CLASSES and options.get("overlap", "regions") == "regions" and not options.get("label_ids")
         )
         dataset.classes = class_bits(names) if regions else _given_values(names, options)
+        shared = Counter(folder.name for folder in groups)
         for folder, items in sorted(groups.items()):
-            _add_case(dataset, folder, items, names, regions=regions)
+            inside = folder.relative_to(path).parts or (path.name,)
+            case_id = inside[-1] if shared[folder.name] == 1 else "_".join(inside)
+            _add_case(dataset, case_id, folder, items, names, regions=regions)
         modalities = {item.modality for item in series if item.modality}
         if len(modalities) == 1:
             modality = modalities.pop()
@@ -102,7 +106,7 @@ class _Series:
             if not is_dicom(file):
                 continue
             try:
-                header = pydicom.dcmread(file, stop_before_pixels=True)
+                header = read_header(file)
                 modality, uid = str(header.get("Modality", "")), str(header.get("SeriesInstanceUID", ""))
                 if modality in IMAGE_MODALITIES:
                     item.images.setdefault(uid, []).append(file)
@@ -116,14 +120,13 @@ class _Series:
         return item
 
 
-def _add_case(dataset: RawDataset, folder: Path, items: list[_Series], names: list[str], *, regions: bool) -> None:
+def _add_case(dataset: RawDataset, case_id: str, folder: Path, items: list[_Series], names: list[str], *, regions: bool) -> None:
     images: dict[str, list[Path]] = {}
     for item in items:
         for uid, files in item.images.items():
             images.setdefault(uid, []).extend(files)
     labels = sorted(f for item in items for f in item.labels)
     referenced = set[str]().union(*(item.referenced for item in items))
-    case_id = folder.name if folder != dataset.root else dataset.root.name
     candidates = {uid: files for uid, files in images.items() if uid in referenced} or images
     if "unreadable" in images and len(candidates) == 1 and "unreadable" not in candidates:
         candidates = {uid: [*files, *images["unreadable"]] for uid, files in candidates.items()}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from pydicom.dataset import Dataset
+from pydicom.pixels import iter_pixels
 
 from data_tools.findings import Finding, RejectedError
 from hermes_dist.volume.geometry import Grid
@@ -19,9 +20,9 @@ def segment_masks(
     """(segment label, mask Z Y X) of the wanted segments. Raises RejectedError where frames do not lie on the image's voxels."""
     try:
         label_of = {int(s.SegmentNumber): str(s.SegmentLabel) for s in data.SegmentSequence}
-        frames = _frames(data)
-        geometry = [_frame_geometry(data, i) for i in range(len(frames))]
-        number_of = [_segment_number(data, i) for i in range(len(frames))]
+        n_frames = int(data.get("NumberOfFrames", 1))
+        geometry = [_frame_geometry(data, i) for i in range(n_frames)]
+        number_of = [_segment_number(data, i) for i in range(n_frames)]
     except Exception as error:  # pydicom raises nearly anything on damaged objects
         message = f"segments cannot be read ({type(error).__name__}: {error})"
         raise RejectedError("dicom", message, "obtain the file anew", file) from None
@@ -32,9 +33,9 @@ def segment_masks(
         if name not in names:
             continue
         mask = np.zeros(grid.shape_vox_zyx, bool)
-        for frame, place, frame_number in zip(frames, places, number_of, strict=True):
-            if frame_number in (number, None):
-                outside += _paint(mask, frame == number if frame_number is None else frame > 0, place)
+        chosen = [i for i in range(n_frames) if number_of[i] in (number, None)]
+        for i, frame in zip(chosen, _frames(data, chosen, file), strict=True):
+            outside += _paint(mask, frame == number if number_of[i] is None else frame > 0, places[i])
         yield name, mask
     if outside:
         findings.append(
@@ -42,12 +43,16 @@ def segment_masks(
         )
 
 
-def _frames(data: Dataset) -> np.ndarray:
-    pixels = np.asarray(data.pixel_array)
-    frames = pixels if pixels.ndim == 3 else pixels[None]
-    if str(data.get("SegmentationType", "")) == "FRACTIONAL":
-        return frames >= 0.5 * float(data.get("MaximumFractionalValue", 255))
-    return frames
+def _frames(data: Dataset, numbers: list[int], file: str) -> Iterator[np.ndarray]:
+    """Frames one by one: all of a large object unpacked may take many times the image's memory."""
+    threshold = 0.5 * float(data.get("MaximumFractionalValue", 255))
+    fractional = str(data.get("SegmentationType", "")) == "FRACTIONAL"
+    try:
+        for frame in iter_pixels(data, indices=numbers) if numbers else ():
+            yield frame >= threshold if fractional else frame
+    except Exception as error:  # pixel data of another length, unknown transfer syntaxes
+        message = f"segments cannot be decoded ({type(error).__name__}: {error})"
+        raise RejectedError("dicom", message, "obtain the file anew", file) from None
 
 
 def _group(data: Dataset, frame: int, name: str) -> Dataset:

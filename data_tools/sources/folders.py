@@ -55,8 +55,8 @@ class FolderSource:
                 f"{path}: no folder of images ({', '.join(IMAGE_FOLDERS)}) beside one of labels ({', '.join(LABEL_FOLDERS)})"
             )
         dataset = RawDataset(path.name, "folder", path, [], [])
-        images = {_strip_channel(stem_of(p)): p for p in volumes_in(folders[0])}
-        labels = {stem_of(p): p for p in volumes_in(folders[1])}
+        images = _by_case(dataset, volumes_in(folders[0]))
+        labels = _by_case(dataset, volumes_in(folders[1]))
         for case_id in sorted(images.keys() | labels.keys()):
             if case_id in images and case_id in labels:
                 dataset.cases.append(
@@ -90,8 +90,15 @@ def _pair(path: Path) -> tuple[Path, Path] | None:
     return (image, label) if image and label else None
 
 
-def _strip_channel(stem: str) -> str:
-    return stem[:-5] if stem.endswith("_0000") else stem
+def _by_case(dataset: RawDataset, files: list[Path]) -> dict[str, Path]:
+    """Case id → file; of two files with one id the first is taken, and that is said."""
+    found: dict[str, Path] = {}
+    for file in files:
+        case_id = stem_of(file).removesuffix("_0000")
+        if found.setdefault(case_id, file) is not file:
+            message = f"a second file of this name; {found[case_id].name} is used"
+            dataset.findings.append(Finding("name", "warn", message, "remove one", str(file), dataset.name, case_id))
+    return found
 
 
 def _values_found(dataset: RawDataset) -> list[ClassValues]:
@@ -188,18 +195,21 @@ class BidsSource:
         dataset = RawDataset(path.name, "bids", path, [], _bids_classes(path))
         roots = [path, *(p for p in (path.parent.parent,) if path.parent.name == "derivatives")]
         wanted = options.get("image_suffix") or BIDS_SUFFIX.get(str(options.get("modality", "")))
-        images = [f for root in roots for f in sorted(root.rglob("sub-*.nii*")) if is_volume(f) and "_dseg." not in f.name]
+        images: dict[frozenset[str], list[Path]] = {}
+        for file in (f for root in roots for f in sorted(root.rglob("sub-*.nii*")) if is_volume(f)):
+            if "_dseg." not in file.name and "_probseg." not in file.name:
+                images.setdefault(_entities(stem_of(file)), []).append(file)
         for file in sorted(f for f in path.rglob("*_dseg.nii*") if is_volume(f)):
             case_id = stem_of(file).removesuffix("_dseg")
             entities = _entities(stem_of(file)) - _free_entities(stem_of(file))
-            fits = [f for f in images if entities == _entities(stem_of(f)) and "_probseg." not in f.name]
-            fits = [f for f in fits if wanted is None or stem_of(f).endswith(f"_{wanted}")]
+            fits = [f for f in images.get(entities, []) if wanted is None or stem_of(f).endswith(f"_{wanted}")]
             if len(fits) != 1:
                 message = f"{len(fits)} images with the entities {' '.join(sorted(entities))}"
                 hint = 'set "image_suffix" (T1w, bold, …) of this dataset' if fits else "add the image"
                 dataset.findings.append(Finding("missing pair", "reject", message, hint, str(file), dataset.name, case_id))
                 continue
             dataset.cases.append(CaseRef(case_id, (fits[0],), ((file, None),), int(options.get("channel", 0))))
+            dataset.patients[case_id] = case_id.partition("_")[0]
         return dataset
 
     def load(self, case: CaseRef) -> RawCase:
@@ -211,8 +221,8 @@ class BidsSource:
         return fingerprint_files(case)
 
 
-def _entities(stem: str) -> set[str]:
-    return {part for part in stem.split("_") if re.fullmatch(r"[a-zA-Z]+-[a-zA-Z0-9]+", part)}
+def _entities(stem: str) -> frozenset[str]:
+    return frozenset(part for part in stem.split("_") if re.fullmatch(r"[a-zA-Z]+-[a-zA-Z0-9]+", part))
 
 
 def _free_entities(stem: str) -> set[str]:

@@ -142,5 +142,5 @@ def _splits(parts: dict[str, list[str]], folds: dict[str, int]) -> dict[str, lis
         return parts
     if len(set(folds.values())) > 1:
         val = [c for c in parts["train"] if folds.get(c) == 0]
-        return {"train": [c for c in parts["train"] if c not in val], "val": val, "test": []}
+        return {"train": [c for c in parts["train"] if folds.get(c) != 0], "val": val, "test": []}
     return None

@@ -18,7 +18,7 @@ from data_tools.sources.raw import CaseRef, RawCase, RawDataset
 from data_tools.sources.volumes import fingerprint_files, load_files
 from hermes_dist.errors import SourceError
 
-CHANNEL_FILE = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+CHANNEL_FILE = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$", re.DOTALL)
 
 
 class NnunetSource:
@@ -125,8 +125,12 @@ def _splits(path: Path, dataset: RawDataset, test: list[str], fold: int) -> dict
         train, val = list(folds[fold]["train"]), list(folds[fold]["val"])
     except (KeyError, IndexError, TypeError):
         raise SourceError(f"{file}: no fold {fold} with `train` and `val`; expected nnU-Net's list of folds") from None
-    rest = [i for i in ids if i not in {*train, *val}]
+    listed = {*train, *val}
+    rest = [i for i in ids if i not in listed]
     unlisted = len(set(rest) - set(test))
+    if both := sorted(set(train) & set(val)):
+        message = f"{len(both)} cases are in both parts of fold {fold}, e.g. {both[0]}; they are kept for validation alone"
+        dataset.findings.append(Finding("split", "warn", message, "correct the split", str(file), dataset.name))
     if unlisted:
         message = f"{unlisted} cases are in neither part of fold {fold}; they become test cases"
         dataset.findings.append(Finding("split", "note", message, "list them in the split", str(file), dataset.name))

@@ -27,9 +27,13 @@ class RawVolume:
 
     def values(self) -> np.ndarray:
         """Real values: the stored array itself where no scaling is stated, else float32."""
+        return self.scaled(self.array)
+
+    def scaled(self, part: np.ndarray) -> np.ndarray:
+        """Real values of a part of `array`."""
         if self.slope == 1 and self.intercept == 0:
-            return self.array
-        scaled = self.array.astype(np.float32)
+            return part
+        scaled = part.astype(np.float32)
         scaled *= np.float32(self.slope)
         scaled += np.float32(self.intercept)
         return scaled
@@ -87,6 +91,7 @@ class RawDataset:
     region: str | None = None
     ignore_value: int | None = None
     splits: dict[str, list[str]] | None = None
+    patients: dict[str, str] = field(default_factory=dict[str, str])
     findings: list[Finding] = field(default_factory=list[Finding])
 
 

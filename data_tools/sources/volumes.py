@@ -91,30 +91,38 @@ def read_volume(path: Path) -> RawVolume:
 
 
 def integer_labels(volume: RawVolume, path: Path, findings: list[Finding]) -> np.ndarray:
-    """A label volume as uint8 or uint16. Raises RejectedError for fractions, NaN, negative or huge values, or a fourth axis."""
-    values = volume.values()
-    if values.ndim != 3:
-        raise RejectedError(
-            "label", f"label has shape {values.shape}, expected three axes", "merge its channels into one map", str(path)
-        )
-    if values.dtype.kind == "f":
-        whole = np.rint(values)
-        if not np.isfinite(values).all() or np.abs(values - whole).max(initial=0) > 1e-3:
-            example = float(values[~(np.abs(values - whole) <= 1e-3)][0])
-            raise RejectedError(
-                "label",
-                f"label holds {example:g}, not a whole number",
-                "it was interpolated or is a probability map; redo it",
-                str(path),
-            )
-        findings.append(
-            Finding("label type", "note", f"label stored as {volume.array.dtype}; values are whole", "none", str(path))
-        )
-        values = whole
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if low < 0 or high > 65535:
-        raise RejectedError("label", f"label values from {low:g} to {high:g}", "use whole numbers from 0 to 65535", str(path))
-    return values.astype(np.uint8 if high < 256 else np.uint16, copy=False)
+    """A label volume as uint8 or uint16, plane by plane.
+
+    Raises:
+        RejectedError: fractions, NaN, negative or huge values, or a fourth axis.
+    """
+    if volume.array.ndim != 3:
+        message = f"label has shape {volume.array.shape}, expected three axes"
+        raise RejectedError("label", message, "merge its channels into one map", str(path))
+    if volume.array.dtype == np.uint8 and volume.values() is volume.array:
+        return volume.array
+    label = np.empty(volume.array.shape, np.uint8)
+    for z, stored in enumerate(volume.array):
+        plane = volume.scaled(stored)
+        if plane.dtype.kind == "f":
+            whole = np.rint(plane)
+            with np.errstate(invalid="ignore"):  # Inf - Inf
+                broken = ~(np.abs(plane - whole) <= 1e-3)
+            if broken.any():
+                message = f"label holds {float(plane[broken][0]):g}, not a whole number"
+                raise RejectedError("label", message, "it was interpolated or is a probability map; redo it", str(path))
+            plane = whole
+        low, high = float(plane.min()), float(plane.max())
+        if low < 0 or high > 65535:
+            message = f"label values from {low:g} to {high:g}"
+            raise RejectedError("label", message, "use whole numbers from 0 to 65535", str(path))
+        if high > 255 and label.dtype == np.uint8:
+            label = label.astype(np.uint16)
+        label[z] = plane
+    if volume.array.dtype.kind == "f":
+        message = f"label stored as {volume.array.dtype}; values are whole"
+        findings.append(Finding("label type", "note", message, "none", str(path)))
+    return label
 
 
 def merge_masks(masks: Iterable[tuple[np.ndarray, int]], shape: tuple[int, int, int], *, regions: bool) -> tuple[np.ndarray, int]:
@@ -161,8 +169,9 @@ def load_files(case: CaseRef) -> RawCase:
         if case.channel >= channels:
             message = f"channel {case.channel} asked for, the file has {channels}"
             raise RejectedError("channel", message, 'set "channel" of this dataset', str(case.images[0]))
-        message = f"channel {case.channel} of {channels} is used"
-        findings.append(Finding("channel", "note", message, 'choose with "channel"', str(case.images[0])))
+        if not _is_frame(case):
+            message = f"channel {case.channel} of {channels} is used"
+            findings.append(Finding("channel", "note", message, 'choose with "channel"', str(case.images[0])))
         image.array = image.array[case.channel].copy()
     elif case.channel and len(case.images) == 1 and not dict(case.options).get("channel_is_file"):
         raise RejectedError(
@@ -173,11 +182,18 @@ def load_files(case: CaseRef) -> RawCase:
     return RawCase(image.values(), image.grid, label, label_grid, digest, findings)
 
 
+def _is_frame(case: CaseRef) -> bool:
+    """A frame of a cine: `channel` counts time, and holds for the label file as well."""
+    return bool(dict(case.options).get("frame"))
+
+
 def _load_label(case: CaseRef, grid: Grid, findings: list[Finding]) -> tuple[np.ndarray, Grid, list[str]]:
     path, value = case.labels[0]
     if value is None:
         volume = read_volume(path)
         findings += volume.findings
+        if _is_frame(case) and volume.array.ndim == 4 and case.channel < len(volume.array):
+            volume.array = volume.array[case.channel].copy()
         return integer_labels(volume, path, findings), volume.grid, [volume.digest]
     digests: list[str] = []
     label_grids: list[Grid] = []

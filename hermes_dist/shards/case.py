@@ -107,30 +107,59 @@ def sample_foreground(label_zyx: np.ndarray, tasks: DatasetTasks) -> tuple[list[
     Returns:
         voxels per class, flat C-order indices (uint32, class after class, ascending within), samples per class.
     """
-    flat = np.flatnonzero(label_zyx)
-    values = label_zyx.reshape(-1)[flat]
-    order = np.argsort(values, kind="stable")
-    counts = np.bincount(values, minlength=65536 if label_zyx.dtype.itemsize > 1 else 256)
-    stops = np.cumsum(counts)
+    planes = label_zyx.reshape(label_zyx.shape[0], -1)
+    counts, values = _plane_counts(planes)
     wanted = min(FOREGROUND_PER_CLASS, max(1, FOREGROUND_PER_CASE // max(1, len(tasks.classes))))
-    class_voxels, samples, sizes = list[int](), list[np.ndarray](), list[int]()
-    for entry in tasks.classes:
-        parts = [flat[order[stops[v] - counts[v] : stops[v]]] for v in sorted(set(entry.values)) if 0 < v < len(counts)]
-        voxels = np.sort(np.concatenate(parts)) if len(parts) > 1 else parts[0] if parts else flat[:0]
-        n = min(wanted, len(voxels))
+    class_voxels, samples = list[int](), list[np.ndarray]()
+    asked: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
+    columns_of = [np.flatnonzero(np.isin(values, entry.values)) for entry in tasks.classes]
+    for number, columns in enumerate(columns_of):
+        stops = np.cumsum(counts[:, columns].sum(axis=1))
+        total = int(stops[-1])
+        n = min(wanted, total)
         jitter = (np.arange(1, n + 1) * 0.6180339887498949) % 1
-        picked = voxels[((np.arange(n) + jitter) * (len(voxels) / max(1, n))).astype(np.int64)]
-        class_voxels.append(len(voxels))
-        samples.append(picked.astype(np.uint32))
-        sizes.append(n)
-    return class_voxels, np.concatenate(samples) if samples else np.zeros(0, np.uint32), sizes
+        ranks = ((np.arange(n) + jitter) * (total / max(1, n))).astype(np.int64)
+        class_voxels.append(total)
+        samples.append(np.zeros(n, np.uint32))
+        plane_of = np.searchsorted(stops, ranks, side="right")
+        for z in np.unique(plane_of):
+            places = np.flatnonzero(plane_of == z)
+            asked.setdefault(int(z), []).append((number, places, ranks[places] - (stops[z - 1] if z else 0)))
+    for z, requests in asked.items():
+        flat = np.flatnonzero(planes[z])
+        by_value = flat[np.argsort(planes[z][flat], kind="stable")]
+        stops = np.cumsum(counts[z])
+        for number, places, ranks in requests:
+            parts = [by_value[stops[c] - counts[z, c] : stops[c]] for c in columns_of[number]]
+            voxels = np.sort(np.concatenate(parts)) if len(parts) > 1 else parts[0]
+            samples[number][places] = voxels[ranks] + z * planes.shape[1]
+    return class_voxels, np.concatenate(samples) if samples else np.zeros(0, np.uint32), [len(s) for s in samples]
+
+
+def _plane_counts(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(voxels per plane and value, the values above 0 that occur, ascending)."""
+    per_plane = [np.bincount(plane) for plane in planes]
+    top = max(len(n) for n in per_plane)
+    values = np.flatnonzero(sum((np.pad(n, (0, top - len(n))) for n in per_plane), start=np.zeros(top, np.int64)))
+    values = values[values > 0]
+    counts = np.zeros((len(planes), len(values)), np.int64)
+    for row, n in zip(counts, per_plane, strict=True):
+        known = values < len(n)
+        row[known] = n[values[known]]
+    return counts, values
+
+
+def _mean_std(image: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation in float64, plane by plane (numpy's own would make a whole copy in float64)."""
+    mean = float(image.mean(dtype=np.float64))
+    return mean, float(np.sqrt(sum(float(np.square(plane - mean).sum()) for plane in image) / image.size))
 
 
 def make_entry(record: CaseRecord, case: CaseArrays, tasks: DatasetTasks, uri: str, files: StoredFiles) -> ManifestEntry:
     """The manifest row of a case that was written."""
     class_voxels, foreground, sizes = sample_foreground(case.label, tasks)
     fill = case.array("image")[1]
-    mean, std = float(case.image.mean(dtype=np.float64)), float(case.image.std(dtype=np.float64))
+    mean, std = _mean_std(case.image)
     stored = {"stored_min": fill, "stored_max": case.image.max().item(), "stored_mean": mean, "stored_std": std}
     row = ManifestRow(
         dataset=record.dataset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ FORMAT_VERSION = 1
 COLLECTION_FILE = "collection.json"
 MANIFEST_FILE = "manifest.parquet"
 LIMIT_BYTES = 64 << 20
+PIECE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,16 @@ def open_manifest(storage: Storage, collection: Collection) -> Manifest:
                 f"{name} has {size} bytes, collection.json says {collection.manifest_bytes}; run `hermes-shard merge`"
             )
         return Manifest(str(Path(storage.url, MANIFEST_FILE)), name, datasets)
-    data = storage.read(MANIFEST_FILE)
-    if len(data) != collection.manifest_bytes or crc32c(data) != collection.manifest_crc32c:
-        raise CorruptShardError(f"{name} does not match collection.json (size or checksum); run `hermes-shard merge`")
-    return Manifest(pa.BufferReader(data), name, datasets)
+    with tempfile.NamedTemporaryFile(prefix="manifest.", suffix=".parquet") as copy:  # a million rows would fill the memory
+        checksum = 0
+        for start in range(0, collection.manifest_bytes, PIECE_BYTES):
+            for piece in storage.read_ranges(MANIFEST_FILE, [(start, min(PIECE_BYTES, collection.manifest_bytes - start))]):
+                checksum = crc32c(piece, checksum)
+                copy.write(piece)
+        copy.flush()
+        if storage.size(MANIFEST_FILE) != collection.manifest_bytes or checksum != collection.manifest_crc32c:
+            raise CorruptShardError(f"{name} does not match collection.json (size or checksum); run `hermes-shard merge`")
+        return Manifest(pa.OSFile(copy.name), name, datasets)  # the open file outlives its name
 
 
 def read_collection(url: str) -> Collection:

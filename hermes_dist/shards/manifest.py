@@ -1,8 +1,9 @@
 """`manifest.parquet`: one row a case, a million rows in about a second.
 
-Opening reads four narrow columns (dataset, case id, modality, split); everything else is read when a row is asked for, one row
-group (at most 512 rows) at a time from a memory map, and the newest row groups stay in a bounded cache. Rows are sorted by
-dataset (in the order of the collection) and case id, so a dataset is one contiguous range and a case is found by bisection.
+Opening reads three narrow columns (dataset, case id, split); everything else is read when a row is asked for, one row group (at
+most 256 rows) at a time, and the newest row groups stay in a bounded cache. The file is not mapped: mapped pages count as memory,
+and a mapped file that is cut short kills the process. Rows are sorted by dataset (in the order of the collection) and case id, so
+a dataset is one contiguous range and a case is found by bisection.
 
 Coordinates are voxels Z Y X on the stored grid. Foreground coordinates are kept as flat C-order indices.
 """
@@ -24,12 +25,12 @@ import pyarrow.parquet as pq
 from hermes_dist.errors import CorruptShardError, StoreError, nearest
 
 Vox3 = tuple[int, int, int]
-ROWS_PER_GROUP = 512
+ROWS_PER_GROUP = 256
 SAMPLES_PER_GROUP = 1 << 18
-"""A row group is closed at 512 rows or 1 MiB of foreground coordinates, so that many classes do not make a row slow to read."""
-NARROW = ("dataset", "case_id", "modality", "split")
+"""A row group is closed at 256 rows or 1 MiB of foreground coordinates, so that many classes do not make a row slow to read."""
+NARROW = ("dataset", "case_id", "split")
 LABELS = ("dataset", "modality", "split")
-CACHE_BYTES = 48 << 20
+CACHE_BYTES = 32 << 20
 ROWS_KEPT = 256
 """Rows that stay as Python objects, so that small collections parse each of theirs once."""
 
@@ -173,14 +174,14 @@ class Manifest:
     """Read access to a `manifest.parquet`.
 
     Args:
-        source: a local path (memory-mapped), or a file object of pyarrow.
+        source: a local path, or a file object of pyarrow.
         name: what error messages call it.
         datasets: dataset names in the order of the collection (default: order of appearance).
     """
 
     def __init__(self, source: Any, name: str = "manifest.parquet", datasets: Sequence[str] = ()) -> None:
         try:
-            self._file = pq.ParquetFile(source, memory_map=True, pre_buffer=False, read_dictionary=list(LABELS))
+            self._file = pq.ParquetFile(source, pre_buffer=False, read_dictionary=list(LABELS))
             table = self._file.read(columns=list(NARROW), use_threads=False).unify_dictionaries().combine_chunks()
         except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
             raise CorruptShardError(f"{name} is damaged: {error}; run `hermes-shard merge` or convert again") from None
@@ -192,7 +193,7 @@ class Manifest:
         self._cache_bytes = 0
         self._rows: OrderedDict[int, ManifestRow] = OrderedDict()
         self._ids = _chunk(table, "case_id")
-        labels = {column: _chunk(table, column) for column in LABELS}
+        labels = {column: _chunk(table, column) for column in ("dataset", "split")}
         found = labels["dataset"].dictionary.to_pylist()
         self.dataset_names: tuple[str, ...] = tuple(datasets or found)
         """Names of the datasets."""
@@ -208,6 +209,7 @@ class Manifest:
         self._bounds = np.searchsorted(self.dataset_index, np.arange(len(self.dataset_names) + 1))
         if (np.diff(self.dataset_index) < 0).any():
             raise StoreError(f"{name} is not sorted by dataset; run `hermes-shard merge` or convert again")
+        pa.default_memory_pool().release_unused()  # what joining the columns took
 
     def __len__(self) -> int:
         return len(self._ids)

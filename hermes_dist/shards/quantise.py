@@ -32,7 +32,7 @@ def quantise(image_zyx: np.ndarray, dtype: str) -> Quantised:
         DataError: NaN or Inf, or a float16 that overflows.
     """
     image = np.asarray(image_zyx, np.float32)
-    largest = float(np.abs(image).max(initial=0))
+    largest = max(abs(float(image.min(initial=0))), abs(float(image.max(initial=0))))  # NaN and Inf come through
     if not np.isfinite(largest):
         raise DataError("the image holds NaN or Inf; remove them before storing it (hermes-shard check names such cases)")
     if dtype == "float32":
@@ -45,7 +45,11 @@ def quantise(image_zyx: np.ndarray, dtype: str) -> Quantised:
         raise DataError(f"image_dtype {dtype!r}: expected int16, float16 or float32")
     exponent = max(FINEST_EXPONENT, int(np.ceil(np.log2(largest / INT16_MAX))) if largest else FINEST_EXPONENT)
     step = 2.0**exponent
-    return Quantised(np.rint(image * np.float32(1 / step)).astype(np.int16), step)
+    stored = np.empty(image.shape, np.int16)
+    for plane, out in zip(image, stored, strict=True):  # in pieces that stay in the processor's cache, and no whole copy in float
+        scaled = plane * np.float32(1 / step)
+        out[...] = np.rint(scaled, out=scaled)
+    return Quantised(stored, step)
 
 
 def error_bound(dtype: str, step: float, largest: float) -> float:

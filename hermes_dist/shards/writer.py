@@ -71,6 +71,7 @@ class StoreWriter:
         """
         tasks = self.collection.tasks.dataset(record.dataset)
         case = prepare_arrays(record, image_zyx, label_zyx, tasks, self.collection.preprocessing.image_dtype)
+        del image_zyx  # twice the size of what is stored; free it before compressing, if the caller let go of it
         suffix = hashlib.blake2b(record.content_hash.encode(), digest_size=4).hexdigest()
         tail = ".tar" if self._form.name == "webdataset" else ""
         uri = f"{self._form.name}/{safe_name(record.dataset)}/{safe_name(record.case_id)}-{suffix}{tail}"

@@ -23,7 +23,10 @@ def is_ct(modality: str) -> bool:
 
 def _sample(image_zyx: np.ndarray) -> np.ndarray:
     """All voxels, or a regular subset of at least `SAMPLE_VOXELS` of a large volume (for percentiles)."""
-    return image_zyx.ravel()[:: max(1, image_zyx.size // SAMPLE_VOXELS)]
+    step = image_zyx.size // SAMPLE_VOXELS
+    if step < 2:
+        return image_zyx.ravel()
+    return image_zyx[np.unravel_index(np.arange(0, image_zyx.size, step), image_zyx.shape)]  # ravel would copy a turned view
 
 
 def body_box(image_zyx: Num[np.ndarray, "z y x"], modality: str) -> tuple[slice, slice, slice]:

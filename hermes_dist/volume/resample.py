@@ -120,8 +120,7 @@ def resample_label(
     """Resample an integer map; no value that was not there can appear.
 
     `nearest` takes the value at the nearest voxel centre. `linear` takes the class with the largest interpolated share (ties:
-    the lowest value); it works in blocks and interpolates only the classes that a block's neighbourhood holds, so its cost
-    follows the boundaries, not the number of classes.
+    the lowest value); its cost does not depend on the number of classes.
     """
     if interpolation == "nearest":
         result = label_zyx
@@ -130,30 +129,25 @@ def resample_label(
             if n_in != n_out or scale_zyx[axis] != 1:
                 result = result.take(nearest_indices(n_in, n_out, scale_zyx[axis]), axis=axis)
         return np.ascontiguousarray(result)
-    matrices = [
-        bands(n, m, scale=s, interpolation="linear") for n, m, s in zip(label_zyx.shape, shape_out, scale_zyx, strict=True)
-    ]
+    from hermes_dist.volume.label_kernels import largest_share  # numba takes a third of a second to load
+
+    (start_z, weight_z), (start_y, weight_y), (start_x, weight_x) = (
+        _taps(n, m, scale=s) for n, m, s in zip(label_zyx.shape, shape_out, scale_zyx, strict=True)
+    )
     out = np.empty(shape_out, label_zyx.dtype)
-    for z in matrices[0]:
-        for y in matrices[1]:
-            for x in matrices[2]:
-                source = tuple(slice(b.start, b.start + b.weights.shape[1]) for b in (z, y, x))
-                target = tuple(slice(b.row, b.row + b.weights.shape[0]) for b in (z, y, x))
-                out[target] = _largest_share(label_zyx[source], z.weights, y.weights, x.weights)
+    largest_share(np.ascontiguousarray(label_zyx), start_z, start_y, start_x, weight_z, weight_y, weight_x, out)
     return out
 
 
-def _largest_share(block: np.ndarray, wz: np.ndarray, wy: np.ndarray, wx: np.ndarray) -> np.ndarray:
-    values = np.unique(block) if block.min() != block.max() else block.ravel()[:1]
-    shape = (len(wz), len(wy), len(wx))
-    if len(values) == 1:
-        return np.full(shape, values[0], block.dtype)
-    best = np.full(shape, -1, np.float32)
-    winner = np.empty(shape, block.dtype)
-    for value in values:
-        share = (block == value).astype(np.float32)
-        share = np.matmul(wy, np.tensordot(wz, share, axes=(1, 0))) @ wx.T
-        better = share > best + 1e-6
-        winner[better] = value
-        np.maximum(best, share, out=best)
-    return winner
+def _taps(n_in: int, n_out: int, *, scale: float | int) -> tuple[np.ndarray, np.ndarray]:
+    """The linear interpolation of one axis per output voxel: first input voxel, and the weights of those that follow."""
+    rows: list[tuple[int, np.ndarray]] = []
+    for row, start, weights in bands(n_in, n_out, scale=scale, interpolation="linear"):
+        for line in weights:
+            used = np.flatnonzero(line)
+            rows.append((start + int(used[0]), line[used[0] : used[-1] + 1]))
+        assert row + len(weights) == len(rows)
+    padded = np.zeros((n_out, max(len(line) for _, line in rows)), np.float32)
+    for target, (_, line) in zip(padded, rows, strict=True):
+        target[: len(line)] = line
+    return np.array([start for start, _ in rows], np.intp), padded

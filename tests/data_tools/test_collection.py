@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_tools.collection import collection_of_sources, read_collection_file
+from data_tools.collection import DatasetEntry, collection_of_sources, read_collection_file
+from data_tools.convert import check
 from hermes_dist.errors import ConfigError, SourceError, TaskError, UsageError
+from tests.data_tools.dicom_files import write_chaos
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "collections").glob("*.json"))
 
@@ -103,24 +109,107 @@ def test_sources_need_a_modality(tmp_path, raw):
     assert collection_of_sources([tmp_path / "d"], modality="CT").datasets[0].modality == "CT"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
-def test_recipes_resolve_against_files_of_that_shape(recipe, tmp_path, raw):
-    data = json.loads(recipe.read_text())
+def write_as_downloaded(root, raw):
+    """A few cases of each of the paper's datasets, named and laid out as they come."""
     image, label, affine = raw.make_volume()
-    for dataset in data["datasets"]:
-        root = tmp_path / dataset["path"]
-        if dataset["layout"] == "msd":
-            raw.save(root / "a.nii.gz", image, affine)
-            names = {"0": "background", **{str(v): n for n, v in zip(dataset["labels"], dataset["label_ids"], strict=True)}}
-            rows = [{"image": "a.nii.gz", "label": "a.nii.gz"}]
-            (root / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, "labels": names, "training": rows}))
-            continue
-        wanted = {"amos_ct": "0001", "amos_mr": "0507", "chaos_t1": "1_t1_in", "chaos_t2": "1_t2"}.get(dataset["name"], "1")
-        for key, volume in (("image_files", image), ("label_files", label)):
-            raw.save(root / dataset[key].replace("*", wanted), volume, affine)
+    pairs = [
+        ("LiTS/Training Batch 1/volume-0.nii", "LiTS/Training Batch 1/segmentation-0.nii"),
+        ("KiTS19/case_00000/imaging.nii.gz", "KiTS19/case_00000/segmentation.nii.gz"),
+        *((f"AMOS22/images{r}/amos_{i}.nii.gz", f"AMOS22/labels{r}/amos_{i}.nii.gz") for r, i in
+          [("Tr", "0001"), ("Tr", "0507"), ("Va", "0018"), ("Va", "0540")]),
+        ("AMOS22/imagesTs/amos_0002.nii.gz", None),
+        ("BTCV/Training/img/img0001.nii.gz", "BTCV/Training/label/label0001.nii.gz"),
+        ("StructSeg/Thoracic_OAR/1/data.nii.gz", "StructSeg/Thoracic_OAR/1/label.nii.gz"),
+        ("StructSeg/HaN_OAR/1/data.nii.gz", "StructSeg/HaN_OAR/1/label.nii.gz"),
+        ("DLBS_nifti/images/dlbs_1.nii.gz", "DLBS_nifti/labels/dlbs_1.nii.gz"),
+        *((f"AutoPET/PETCT_ab/{s}/SUV.nii.gz", f"AutoPET/PETCT_ab/{s}/SEG.nii.gz") for s in ("s1", "s2")),
+        ("SegTHOR/train/Patient_01/Patient_01.nii.gz", "SegTHOR/train/Patient_01/GT.nii.gz"),
+        ("Task07_Pancreas/imagesTr/pancreas_001.nii.gz", "Task07_Pancreas/labelsTr/pancreas_001.nii.gz"),
+    ]  # fmt: skip
+    for image_file, label_file in pairs:
+        raw.save(root / image_file, image, affine)
+        if label_file:
+            values = label // 2 if "AutoPET" in label_file else label * 7 if "0507" in label_file else label
+            raw.save(root / label_file, values, affine, np.uint8)
+    for folder in ("Training/Labeled/A1", "Validation/B2"):
+        name = f"OpenDataset/{folder}/{folder[-2:]}_sa"
+        raw.save(root / f"{name}.nii.gz", np.stack([image + t for t in range(4)]), affine)
+        raw.save(root / f"{name}_gt.nii.gz", np.stack([label, label * 0, label, label * 0]), affine)
+    write_chaos(root / "CHAOS" / "Train_Sets" / "MR")
+    rows = [{"image": "./imagesTr/pancreas_001.nii.gz", "label": "./labelsTr/pancreas_001.nii.gz"}]
+    names = {"0": "background", "1": "pancreas", "2": "cancer"}
+    (root / "Task07_Pancreas" / "dataset.json").write_text(
+        json.dumps({"modality": {"0": "CT"}, "labels": names, "training": rows})
+    )
+
+
+EXPECTED = {
+    "hermes_upstream": {
+        "lits": ["0"],
+        "kits": ["00000"],
+        "amos_ct": ["Tr_0001", "Va_0018"],
+        "amos_mr": ["Tr_0507", "Va_0540"],
+        "bcv": ["0001"],
+        "structseg_oar": ["1"],
+        "chaos_t1": ["1_T1DUAL_InPhase", "1_T1DUAL_OutPhase"],
+        "chaos_t2": ["1_T2SPIR"],
+        "structseg_head_oar": ["1"],
+        "mnm": ["A1_0", "A1_1", "B2_0", "B2_1"],
+        "brain_structure": ["dlbs_1"],
+        "autopet": ["ab_s1", "ab_s2"],
+    },
+    "hermes_downstream": {"msd_pancreas": ["pancreas_001"], "segthor": ["01"]},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes_read_the_papers_datasets_as_they_come(recipe, tmp_path, raw):
+    write_as_downloaded(tmp_path, raw)
     (tmp_path / recipe.name).write_text(recipe.read_text())
     collection = read_collection_file(tmp_path / recipe.name)
-    assert all(len(d.cases) == 1 for d in collection.datasets)
-    tasks = collection.task_table()
-    assert tasks.n_tasks == {"hermes_upstream": 71, "hermes_downstream": 6}[recipe.stem]
-    assert [d["name"] for d in data["datasets"]] == [d.name for d in collection.datasets]
+    assert {d.name: [c.case_id for c in d.cases] for d in collection.datasets} == EXPECTED[recipe.stem]
+    assert not [f for d in collection.datasets for f in d.findings if f.severity == "reject"]
+    assert collection.task_table().n_tasks == {"hermes_upstream": 71, "hermes_downstream": 6}[recipe.stem]
+    part = {(d.name, case_id): p for d in collection.datasets for case_id, p in d.split_of.items()}
+    if recipe.stem == "hermes_upstream":
+        assert {part["amos_ct", "Va_0018"], part["amos_mr", "Va_0540"], part["mnm", "B2_0"], part["mnm", "B2_1"]} == {"test"}
+        assert part["amos_ct", "Tr_0001"] == part["amos_mr", "Tr_0507"] == part["mnm", "A1_0"] == "train"
+        assert len({part["autopet", "ab_s1"], part["autopet", "ab_s2"]}) == 1
+        assert len({part["chaos_t1", "1_T1DUAL_InPhase"], part["chaos_t2", "1_T2SPIR"]}) == 1
+    assert check(collection).counts == {"checked": sum(len(d.cases) for d in collection.datasets)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipes_say_what_is_not_certain(recipe):
+    """Class names come from the paper's supplement at best: every entry but one that was read in code is marked."""
+    for dataset in json.loads(recipe.read_text())["datasets"]:
+        DatasetEntry.model_validate(dataset)
+        assert len(dataset["labels"]) == len(dataset["label_ids"])
+        assert dataset["unverified"] or dataset["name"] == "brain_structure"
+
+
+def test_parts_and_held_out_releases(tmp_path, raw):
+    root = raw.make_nnunet(tmp_path / "Dataset001_A", cases=20)
+    fields = {"parts": {"train": 12, "val": 3, "test": 5}}
+    dataset = read_collection_file(write(tmp_path, datasets=[entry(root, **fields)])).datasets[0]
+    assert Counter(dataset.split_of.values()) == fields["parts"]
+    fields["held_out"] = "case_1[0-9]_"  # ten of the twenty
+    dataset = read_collection_file(write(tmp_path, datasets=[entry(root, **fields)])).datasets[0]
+    assert {i for i, p in dataset.split_of.items() if p == "test"} == {f"case_{i}" for i in range(10, 20)}
+    assert Counter(dataset.split_of.values()) == {"train": 8, "val": 2, "test": 10}
+    for key, text in (("patient", "needs a group"), ("held_out", "not a regular expression")):
+        with pytest.raises(ConfigError, match=text):
+            read_collection_file(write(tmp_path, datasets=[entry(root, **{key: "(" if key == "held_out" else "x"})]))
+
+
+def test_names_that_are_no_text_are_left_out(tmp_path, raw):
+    root = raw.make_nnunet(tmp_path / "Dataset001_A", cases=2)
+    for folder, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
+        good = root / folder / f"case_0{suffix}.nii.gz"
+        for name in (b"odd\xff", b"line\nbreak"):
+            shutil.copy(good, os.fsencode(root / folder) + b"/" + name + suffix.encode() + b".nii.gz")
+    dataset = collection_of_sources([root]).datasets[0]
+    assert [c.case_id for c in dataset.cases] == ["case_0", "case_1"]
+    found = [f for f in dataset.findings if f.check == "name"]
+    assert {f.case_id for f in found} == {"odd\\udcff", "line\\nbreak"}
+    assert all(f.severity == "reject" and json.dumps(f.to_json()).encode() and str(f).encode() for f in found)

@@ -7,43 +7,14 @@ import numpy as np
 import pydicom
 import pytest
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
-from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import generate_uid
 
 from data_tools.findings import RejectedError
 from data_tools.sources import SOURCES
 from data_tools.sources.contours import fill_even_odd
 from data_tools.sources.series import holds_series, read_series
-
-
-def write_series(folder, volume, spacing=(3.0, 0.8, 0.9), orientation=(1, 0, 0, 0, 1, 0), uid=None, order=-1):
-    """Slices along the normal; file names run against z unless `order` is 1."""
-    uid = uid or generate_uid()
-    study, frame = generate_uid(), generate_uid()
-    row, column = np.array(orientation[:3], float), np.array(orientation[3:], float)
-    normal = np.cross(row, column)
-    folder.mkdir(parents=True, exist_ok=True)
-    slices = []
-    for k, plane in enumerate(volume):
-        data = Dataset()
-        data.file_meta = FileMetaDataset()
-        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
-        data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = uid, study, frame
-        data.Modality, data.PatientID, data.PatientName, data.InstanceNumber = "CT", "p", "P^Q", k + 1
-        data.PatientBirthDate = data.PatientSex = data.StudyDate = data.StudyTime = data.AccessionNumber = data.StudyID = ""
-        data.Rows, data.Columns = plane.shape
-        data.ImagePositionPatient = [float(v) for v in np.array([-20.0, -30.0, 10.0]) + normal * spacing[0] * k]
-        data.ImageOrientationPatient, data.PixelSpacing = list(orientation), [spacing[1], spacing[2]]
-        data.SliceThickness, data.RescaleSlope, data.RescaleIntercept = spacing[0], 1, -1024
-        data.BitsAllocated = data.BitsStored = 16
-        data.HighBit, data.PixelRepresentation, data.SamplesPerPixel, data.PhotometricInterpretation = 15, 0, 1, "MONOCHROME2"
-        data.PixelData = (plane + 1024).astype("<u2").tobytes()
-        data.save_as(folder / f"{(k * order) % 1000:04d}.dcm", enforce_file_format=True)
-        slices.append(data)
-    return slices
+from tests.data_tools.dicom_files import write_series
 
 
 def toy(shape=(6, 20, 24)):
@@ -146,3 +117,59 @@ def test_segmentation_objects_land_on_their_voxels(kind, flip, tmp_path):
     np.testing.assert_array_equal(np.isin(case.label_zyx, values["tumour"]), tumour)
     np.testing.assert_array_equal(np.isin(case.label_zyx, values["organ"]), organ)
     assert [f.check for f in case.findings] == ["overlap"]
+
+
+def test_equal_folder_names_do_not_make_equal_cases(tmp_path):
+    """Archives call the study folders of many patients alike."""
+    for patient in ("P1", "P2"):
+        study = tmp_path / patient / "study-1"
+        sources = write_series(study / "CT", toy())
+        source = [pydicom.dcmread(f) for f in sorted((study / "CT").iterdir())]
+        (study / "RT").mkdir()
+        description = SegmentDescription(1, "liver", codes.SCT.Organ, codes.SCT.Liver, SegmentAlgorithmTypeValues.MANUAL)
+        mask = np.zeros((6, 20, 24), np.uint8)
+        mask[2:4, 5:9, 6:12] = 1
+        seg = hd.seg.Segmentation(
+            source_images=sources, pixel_array=mask, segmentation_type=SegmentationTypeValues.BINARY,
+            segment_descriptions=[description], series_instance_uid=generate_uid(), series_number=2,
+            sop_instance_uid=generate_uid(), instance_number=1, manufacturer="x", manufacturer_model_name="x",
+            software_versions="1", device_serial_number="1",
+        )  # fmt: skip
+        seg.save_as(study / "RT" / "seg.dcm")
+        assert source
+    dataset = SOURCES["dicom"].open(tmp_path, {})
+    assert [c.case_id for c in dataset.cases] == ["P1_study-1", "P2_study-1"]
+
+
+def test_objects_that_would_blow_up_are_refused(tmp_path):
+    write_series(tmp_path / "p1", toy())
+    file = tmp_path / "p1" / "0000.dcm"
+    good = file.read_bytes()
+    data = pydicom.dcmread(file)
+    data.Rows = data.Columns = 65535
+    data.save_as(file)
+    with pytest.raises(RejectedError, match="cannot hold"):
+        read_series(tmp_path / "p1")
+    file.write_bytes(good.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99", 1))
+    with pytest.raises(RejectedError, match="deflated"):
+        read_series(tmp_path / "p1")
+
+
+def test_rescaled_series_keep_their_values(tmp_path):
+    """PET states its own slope for each slice; CT that leaves 16 bits is kept whole."""
+    volume = toy().clip(0)
+    write_series(tmp_path / "pet", volume)
+    for k, file in enumerate(sorted((tmp_path / "pet").iterdir(), key=lambda f: -int(f.stem) % 1000)):
+        data = pydicom.dcmread(file)
+        data.RescaleSlope, data.RescaleIntercept = 0.5 + k, 0
+        data.save_as(file)
+    read = read_series(tmp_path / "pet").array
+    assert read.dtype == np.float32
+    for k, plane in enumerate(read):
+        np.testing.assert_allclose(plane, (volume[k] + 1024.0) * (0.5 + k))
+    write_series(tmp_path / "ct", volume)
+    for file in (tmp_path / "ct").iterdir():
+        data = pydicom.dcmread(file)
+        data.RescaleIntercept = 60000
+        data.save_as(file)
+    np.testing.assert_array_equal(read_series(tmp_path / "ct").array, volume.astype(np.int32) + 61024)

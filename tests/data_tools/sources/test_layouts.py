@@ -162,3 +162,52 @@ def test_wrong_label_declarations_are_named(labels, nnunet):
     (nnunet / "dataset.json").write_text(json.dumps(description))
     with pytest.raises(SourceError, match=r"dataset\.json"):
         SOURCES["nnunet"].open(nnunet, {})
+
+
+def test_patterns_pair_by_what_the_stars_stand_for(tmp_path, raw):
+    image, label, affine = raw.make_volume()
+    for name, volume in (("a/scan_1.nii.gz", image), ("a/scan_1_gt.nii.gz", label), ("b/c/scan_2.nii.gz", image)):
+        raw.save(tmp_path / name, volume, affine)
+    raw.save(tmp_path / "Patient_7" / "Patient_7.nii.gz", image, affine)
+    raw.save(tmp_path / "Patient_7" / "GT.nii.gz", label, affine)
+    open_ = SOURCES["pattern"].open
+    dataset = open_(tmp_path, {"image_files": "**/scan_*.nii.gz", "label_files": "**/scan_*_gt.nii.gz"})
+    assert [c.case_id for c in dataset.cases] == ["1"]
+    assert [(f.case_id, f.severity) for f in dataset.findings] == [("2", "reject")]
+    dataset = open_(tmp_path, {"image_files": "Patient_*/Patient_*.nii.gz", "label_files": "Patient_*/GT.nii.gz"})
+    assert [c.case_id for c in dataset.cases] == ["7"]
+    with pytest.raises(SourceError, match="relative"):
+        open_(tmp_path, {"image_files": "../*.nii.gz", "label_files": "*.nii.gz"})
+
+
+def test_labelled_frames_of_a_cine_are_cases(tmp_path, raw):
+    image, label, affine = raw.make_volume()
+    cine, frames = np.stack([image + t for t in range(5)]), np.zeros((5, *label.shape), np.uint8)
+    frames[1], frames[3] = label, label // 2
+    raw.save(tmp_path / "T" / "A" / "A_sa.nii.gz", cine, affine)
+    raw.save(tmp_path / "T" / "A" / "A_sa_gt.nii.gz", frames, affine)
+    raw.save(tmp_path / "B" / "B_sa.nii.gz", cine, affine)
+    raw.save(tmp_path / "B" / "B_sa_gt.nii.gz", frames * 0, affine)
+    options = {"image_files": "**/*_sa.nii.gz", "label_files": "**/*_sa_gt.nii.gz", "frames": "labelled"}
+    dataset = SOURCES["pattern"].open(tmp_path, options)
+    assert [c.case_id for c in dataset.cases] == ["A_0", "A_1"]
+    assert dataset.patients == {"A_0": "A", "A_1": "A"}
+    assert [(f.case_id, f.check) for f in dataset.findings] == [("B", "frames")]
+    for ref, t in zip(dataset.cases, (1, 3), strict=True):
+        case = SOURCES["pattern"].load(ref)
+        np.testing.assert_array_equal(case.image_zyx, cine[t])
+        np.testing.assert_array_equal(case.label_zyx, frames[t])
+        assert case.digest == SOURCES["pattern"].fingerprint(ref)
+        assert not case.findings
+    digests = {SOURCES["pattern"].fingerprint(ref) for ref in dataset.cases}
+    assert len(digests) == 2
+
+
+def test_two_files_of_one_name_are_said(tmp_path, raw):
+    image, label, affine = raw.make_volume()
+    raw.save(tmp_path / "images" / "a.nii", image, affine)
+    raw.save(tmp_path / "images" / "a_0000.nii.gz", image, affine)
+    raw.save(tmp_path / "labels" / "a.nii.gz", label, affine)
+    _, dataset = opened(tmp_path, "folder", labels=["x", "y"])
+    assert [(f.check, f.severity, f.case_id) for f in dataset.findings] == [("name", "warn", "a")]
+    assert len(dataset.cases) == 1
