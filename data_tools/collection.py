@@ -10,14 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from data_tools.files import read_json
 from data_tools.findings import Finding
 from data_tools.sources import SOURCES
-from data_tools.sources.names import of_dataset, usable_names
+from data_tools.sources.names import of_dataset, printable, usable_names
 from data_tools.sources.raw import CaseRef, ClassValues, RawDataset, used_values
 from data_tools.splits import PARTS, SHARES, assign_splits
 from hermes_dist.errors import ConfigError, SourceError, UsageError, nearest
@@ -31,28 +31,36 @@ INFORMATION = frozenset(
 """Keys that people write for people."""
 
 
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^/\x00-\x1f\x7f]+$")]
+ClassName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Value = Annotated[int, Field(ge=0, le=65535)]
+LabelValue = Annotated[int, Field(ge=1, le=65535)]
+SplitTable = dict[str, dict[str, list[str]]]
+PatientTable = dict[str, dict[str, str]]
+
+
 class DatasetEntry(BaseModel):
     """One dataset of a collection file."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
-    name: str
+    name: Text
     """Unique name; tasks are called `name/class`."""
     path: str
     """Folder (or datalist file), relative to the collection file."""
     layout: str = "auto"
     """One of SOURCES, or auto."""
-    modality: str | None = None
+    modality: Text | None = None
     """CT, PET, T1, T2, FLAIR, cineMRI, …; MR where the sequence is not stated. Default: what the dataset itself says."""
     region: str | None = None
     """Body region, for people."""
-    labels: list[str] | dict[str, int | list[int]] | None = None
+    labels: Annotated[list[ClassName] | dict[ClassName, Value | list[Value]], Field(min_length=1)] | None = None
     """Class names (in the order of label_ids), or name → value(s). Default: what the dataset itself says."""
-    label_ids: list[int | list[int]] | None = None
+    label_ids: list[LabelValue | list[LabelValue]] | None = None
     """Label value (or values, for a region) of each name."""
-    ignore_value: int | None = None
+    ignore_value: LabelValue | None = None
     """Voxels of this value were annotated by nobody."""
-    other_values: list[int] = []
+    other_values: list[Value] = []
     """Label values that may occur and belong to no class: background here."""
     include: str | None = None
     """Regular expression that a case id must match."""
@@ -60,11 +68,11 @@ class DatasetEntry(BaseModel):
     """Regular expression on the case id whose first group names the patient (see `patients` of the collection, which wins)."""
     held_out: str | None = None
     """Regular expression on the image's path: a release of its own, for testing; the other cases are drawn into train and val."""
-    parts: dict[Literal["train", "val", "test"], int] | None = None
+    parts: dict[Literal["train", "val", "test"], Annotated[int, Field(ge=0)]] | None = None
     """Published numbers of train, val and test; where no split is stated the draw has these shares (default 70 : 10 : 20)."""
-    channel: int = 0
+    channel: int = Field(default=0, ge=0)
     """Which channel of multi-channel images."""
-    fold: int = 0
+    fold: int = Field(default=0, ge=0)
     """Which fold of nnU-Net's splits_final.json."""
     overlap: Literal["regions", "priority"] | None = None
     """One file per class: keep overlaps (at most 8 classes), or let the later class win."""
@@ -88,6 +96,13 @@ class DatasetEntry(BaseModel):
             raise ValueError(f"not a regular expression: {error}") from None
         return value
 
+    @field_validator("parts")
+    @classmethod
+    def _has_training_cases(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        if value is not None and not value.get("train"):
+            raise ValueError("needs at least one case for train")
+        return value
+
     @field_validator("patient")
     @classmethod
     def _names_the_patient(cls, value: str | None) -> str | None:
@@ -101,15 +116,15 @@ class CollectionFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
-    datasets: list[DatasetEntry]
+    datasets: list[DatasetEntry] = Field(min_length=1)
     """The datasets, in the order of their task ids."""
     name: str = "collection"
     """For people."""
     version: int = 1
     """Of the collection, for people."""
-    splits: str | dict[str, dict[str, list[str]]] | None = None
+    splits: str | SplitTable | None = None
     """dataset → train / val / test → case ids, or a file with that."""
-    patients: str | dict[str, dict[str, str]] | None = None
+    patients: str | PatientTable | None = None
     """dataset → case id → patient, or a file with that; default: every case is its own patient."""
     shared_tasks: list[list[str]] = []
     """Groups of `dataset/class` that are one task."""
@@ -181,7 +196,8 @@ def read_collection_file(path: Path, known_splits: Mapping[tuple[str, str], str]
         ConfigError: unknown or wrong keys. SourceError: a dataset that cannot be opened.
     """
     file = _parse(path)
-    splits, patients = (_inline(getattr(file, key), path) for key in ("splits", "patients"))
+    splits = _inline(file.splits, path, TypeAdapter(SplitTable), "dataset → train / val / test → list of case ids")
+    patients = _inline(file.patients, path, TypeAdapter(PatientTable), "dataset → case id → patient")
     datasets = [_resolve(entry, path.parent) for entry in file.datasets]
     names = [d.name for d in datasets]
     for table, what in ((splits, "splits"), (patients, "patients")):
@@ -241,17 +257,19 @@ def _first_problem(error: ValidationError, known: list[str]) -> str:
     return f"{place}: {problem['msg']} (got {problem.get('input')!r}).{hint}"
 
 
-def _inline(value: Any, path: Path) -> dict[str, Any]:
-    table = read_json(path.parent / value) if isinstance(value, str) else value or {}
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path.parent / str(value)}: expected an object, dataset name → …")
-    return table
+def _inline(value: Any, path: Path, form: TypeAdapter[Any], expected: str) -> dict[str, Any]:
+    """A table that the collection holds, or names the file of."""
+    try:
+        return form.validate_python(read_json(path.parent / value) if isinstance(value, str) else value or {})
+    except ValidationError as error:
+        place = "/".join(str(p) for p in error.errors()[0]["loc"])
+        raise ConfigError(f"{path.parent / str(value)}: {place}: expected an object, {expected}") from None
 
 
 def detect_layout(path: Path) -> str:
     """The layout of a raw dataset. Raises SourceError if none or several fit."""
     if not path.exists():
-        raise SourceError(f"{path} does not exist; check the path")
+        raise SourceError(f"{path} does not exist; {_why_absent(path)}")
     fits = [name for name, source in SOURCES.items() if source.detect(path)]
     if len(fits) != 1:
         found = f"looks like {' and '.join(fits)}" if fits else f"is none of {', '.join(SOURCES)}"
@@ -259,6 +277,12 @@ def detect_layout(path: Path) -> str:
             f"{path} {found}; name the layout with --layout or in the collection, docs/convert-my-data.md shows each"
         )
     return fits[0]
+
+
+def _why_absent(path: Path) -> str:
+    if re.search(r"(^|/)(s3|gs|az|https?):/", path.as_posix()):  # a Path holds one slash of the two
+        return "raw data are read from a file system: mount or copy the bucket; only the store (--out) is written by URL"
+    return "check the path"
 
 
 def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
@@ -269,7 +293,7 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
             f"dataset {entry.name!r}: layout {layout!r} is not one of {', '.join(SOURCES)}.{nearest(layout, list(SOURCES))}"
         )
     if not root.exists():
-        raise SourceError(f"dataset {entry.name!r}: {root} does not exist; `path` is relative to the collection file")
+        raise SourceError(f"dataset {entry.name!r}: {root} does not exist; {_why_absent(root)} (relative to the collection file)")
     names = list(entry.labels or [])
     options = {
         "modality": entry.modality,
@@ -287,6 +311,10 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
         )
     classes = _classes(entry, raw)
     ignore = entry.ignore_value if entry.ignore_value is not None else raw.ignore_value
+    if ignore in used_values(classes):
+        raise ConfigError(
+            f"dataset {entry.name!r}: value {ignore} is to be ignored and belongs to a class; it can be one of both"
+        )
     cases, odd_names = usable_names(raw)
     chosen = [c for c in cases if not entry.include or re.search(entry.include, c.case_id)]
     dataset = ResolvedDataset(
@@ -313,7 +341,7 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
     stated = {case_id: part for part, ids in (raw.splits or {}).items() for case_id in ids}
     dataset.split_of = {c.case_id: stated[c.case_id] for c in chosen if c.case_id in stated}
     dataset.patient_of = {c.case_id: _patient(entry, raw, c.case_id) for c in chosen}
-    if entry.parts and sum(entry.parts.values()):
+    if entry.parts:
         dataset.shares = {part: entry.parts.get(part, 0) / sum(entry.parts.values()) for part in PARTS}
     if entry.held_out:
         inside = {c.case_id: _inside(c, root) for c in chosen}
@@ -358,4 +386,4 @@ def _classes(entry: DatasetEntry, raw: RawDataset) -> list[ClassValues]:
 
 def _safe_dataset_name(source: Path) -> str:
     name = source.resolve().name if source.is_dir() else source.resolve().parent.name
-    return re.sub(r"^(Dataset|Task)\d+_", "", name) or name
+    return printable(re.sub(r"^(Dataset|Task)\d+_", "", name) or name)

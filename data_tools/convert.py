@@ -17,7 +17,8 @@ from data_tools.jobs import Job, Outcome, Status, Target, run_job
 from data_tools.journal import Journal, Key, StorePlan
 from data_tools.progress import ProgressReport
 from hermes_dist.errors import StoreError, UsageError
-from hermes_dist.shards.collection import Collection
+from hermes_dist.shards.collection import Collection, recover
+from hermes_dist.shards.remote import open_storage
 from hermes_dist.shards.store import create_store, open_store
 from hermes_dist.shards.writer import StoreWriter
 
@@ -74,7 +75,11 @@ def in_part(key: Key, part: tuple[int, int]) -> bool:
 
 
 def existing_splits(url: str) -> dict[Key, str]:
-    """(dataset, case id) → split of a finished store at this URL; empty where there is none."""
+    """(dataset, case id) → split of a finished store at this URL; empty where there is none.
+
+    A publication that was killed half-way is finished first.
+    """
+    recover(open_storage(url))
     try:
         manifest = open_store(url).manifest
     except StoreError:

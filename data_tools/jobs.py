@@ -14,12 +14,12 @@ from data_tools.findings import Finding, RejectedError
 from data_tools.integrity import Expected, image_hash, inspect_case
 from data_tools.sources import SOURCES
 from data_tools.sources.raw import CaseRef, RawCase
-from hermes_dist.errors import DataError, GeometryError
+from hermes_dist.errors import DataError, GeometryError, SourceError
 from hermes_dist.shards.case import CaseRecord
 from hermes_dist.volume.geometry import Placement
 from hermes_dist.volume.preprocess import Preprocessing, preprocess_image, preprocess_label
 
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 """Raised whenever the same inputs and parameters give other voxels: stored cases are then converted again."""
 LOST_LABEL_WARNING = 0.001
 
@@ -135,10 +135,11 @@ def run_job(job: Job, target: Target | None) -> Outcome:
         findings = [*raw.findings, *inspect_case(raw, job.expected)]
         digest, content = image_hash(raw), job.content_hash(raw.digest)
         prepared = _prepare(job, raw, findings) if target else None
-    except (RejectedError, GeometryError) as error:
-        finding = (
-            error.finding if isinstance(error, RejectedError) else Finding("geometry", "reject", str(error), "see the message")
-        )
+    except RejectedError as error:
+        return _rejected(job, error.finding.at(dataset, case_id, file), input_bytes, started)
+    except (GeometryError, SourceError) as error:  # their messages say what to do
+        check = "geometry" if isinstance(error, GeometryError) else "unreadable"
+        finding = Finding(check, "reject", str(error), "see the message")
         return _rejected(job, finding.at(dataset, case_id, file), input_bytes, started)
     except Exception as error:  # a file that trips code we did not foresee must cost one case, not the whole conversion
         message = f"unexpected {type(error).__name__}: {error}"

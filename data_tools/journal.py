@@ -19,6 +19,7 @@ from data_tools.findings import Finding
 from data_tools.jobs import Outcome
 from hermes_dist.errors import StoreError
 from hermes_dist.shards.case import safe_name
+from hermes_dist.shards.many import delete_each, read_each
 from hermes_dist.shards.remote import open_storage
 from hermes_dist.tasks import TaskTable
 from hermes_dist.volume.preprocess import Preprocessing
@@ -85,8 +86,8 @@ class Journal:
             for line in self._storage.read(HISTORY, LIMIT_BYTES).splitlines():
                 outcome = Outcome.from_json(json.loads(line))
                 found[outcome.key] = outcome
-        for path in self._storage.list(OUTCOMES):
-            outcome = Outcome.from_json(json.loads(self._storage.read(path, LIMIT_BYTES)))
+        for data in read_each(self._storage, list(self._storage.list(OUTCOMES)), LIMIT_BYTES):
+            outcome = Outcome.from_json(json.loads(data))
             found[outcome.key] = outcome
         return found
 
@@ -104,8 +105,7 @@ class Journal:
         """Write history and integrity report, and drop what was unfinished."""
         self._storage.write(HISTORY, "".join(json.dumps(o.to_json()) + "\n" for o in outcomes).encode())
         self._storage.write(INTEGRITY, (json.dumps([f.to_json() for f in findings], indent=1) + "\n").encode())
-        for path in [*self._storage.list(OUTCOMES), PLAN]:
-            self._storage.delete(path)
+        delete_each(self._storage, [*self._storage.list(OUTCOMES), PLAN])
 
     def write_findings(self, findings: Iterable[Finding]) -> None:
         """Write the integrity report alone (a conversion that published nothing)."""

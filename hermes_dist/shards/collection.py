@@ -29,6 +29,8 @@ from hermes_dist.volume.preprocess import Preprocessing
 FORMAT_VERSION = 1
 COLLECTION_FILE = "collection.json"
 MANIFEST_FILE = "manifest.parquet"
+STAGED_FILE = ".staging/collection.json"
+"""The next `collection.json`, written before the next manifest: a publication killed between the two can be finished."""
 LIMIT_BYTES = 64 << 20
 PIECE_BYTES = 32 << 20
 
@@ -112,6 +114,31 @@ def load(storage: Storage) -> Collection:
     if not isinstance(data, dict):
         raise CorruptShardError(f"{name} is no JSON object; convert again")
     return Collection.from_json(data, name)
+
+
+def recover(storage: Storage) -> None:
+    """Finish or forget a publication that was killed between manifest and collection; nothing happens in a whole store.
+
+    Raises:
+        StoreError, CorruptShardError, TransientStorageError: as reading and writing do.
+    """
+    if storage.size(STAGED_FILE) is None or storage.size(COLLECTION_FILE) is None:
+        return
+    staged = storage.read(STAGED_FILE, LIMIT_BYTES)
+    following = Collection.from_json(json.loads(staged), f"{storage.url}/{STAGED_FILE}")
+    whole = storage.size(MANIFEST_FILE) == following.manifest_bytes
+    if whole and object_crc32c(storage, MANIFEST_FILE, following.manifest_bytes) == following.manifest_crc32c:
+        storage.write(COLLECTION_FILE, staged)
+    storage.delete(STAGED_FILE)
+
+
+def object_crc32c(storage: Storage, path: str, n_bytes: int) -> int:
+    """Checksum of a whole object, read in pieces."""
+    checksum = 0
+    for start in range(0, n_bytes, PIECE_BYTES):
+        for view in storage.read_ranges(path, [(start, min(PIECE_BYTES, n_bytes - start))]):
+            checksum = crc32c(view, checksum)
+    return checksum
 
 
 def open_manifest(storage: Storage, collection: Collection) -> Manifest:

@@ -22,7 +22,7 @@ from hermes_dist.shards import STORES
 from hermes_dist.shards.blocks import BlockName, BlockTable, Reach, decode_part, plan_parts, trim_parts
 from hermes_dist.shards.cache import CachedStorage, DiskCache
 from hermes_dist.shards.codec import Scratch
-from hermes_dist.shards.collection import COLLECTION_FILE, Collection, load, open_manifest
+from hermes_dist.shards.collection import COLLECTION_FILE, Collection, load, open_manifest, recover
 from hermes_dist.shards.layout import ARRAYS, CaseFormat, Layout
 from hermes_dist.shards.manifest import ManifestRow
 from hermes_dist.shards.remote import open_storage
@@ -272,6 +272,7 @@ def create_store(
     storage = open_storage(url)
     layout = layout or form.default_layout
     form.check_layout(layout)
+    recover(storage)
     published = load(storage) if storage.size(COLLECTION_FILE) is not None else None
     if published is not None and (published.format, published.layout) != (format, layout):
         raise StoreError(

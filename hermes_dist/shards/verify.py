@@ -11,14 +11,10 @@ from collections.abc import Iterator
 from hermes_dist.errors import CorruptShardError, StoreError, TaskError
 from hermes_dist.shards import STORES
 from hermes_dist.shards.case import data_hash, sample_foreground
-from hermes_dist.shards.codec import crc32c
-from hermes_dist.shards.collection import MANIFEST_FILE, content_digest
+from hermes_dist.shards.collection import MANIFEST_FILE, content_digest, object_crc32c
 from hermes_dist.shards.manifest import ManifestRow
 from hermes_dist.shards.remote import open_storage
-from hermes_dist.shards.storage import Storage
 from hermes_dist.shards.store import ShardStore
-
-PIECE_BYTES = 32 << 20
 
 
 def store_problems(store: ShardStore) -> Iterator[str]:
@@ -28,7 +24,7 @@ def store_problems(store: ShardStore) -> Iterator[str]:
         TransientStorageError: storage that may work again.
     """
     collection, manifest = store.collection, store.manifest
-    if file_crc32c(open_storage(store.url), MANIFEST_FILE, collection.manifest_bytes) != collection.manifest_crc32c:
+    if object_crc32c(open_storage(store.url), MANIFEST_FILE, collection.manifest_bytes) != collection.manifest_crc32c:
         yield f"{MANIFEST_FILE} has another checksum than collection.json states"
         return
     if len(manifest) != collection.n_cases:
@@ -54,7 +50,7 @@ def case_problems(store: ShardStore, row: ManifestRow) -> Iterator[str]:
             if found != size:
                 yield f"{path} has {found} bytes, the manifest says {size}" if found is not None else f"{path} is missing"
                 return
-            if file_crc32c(storage, path, size) != checksum:
+            if object_crc32c(storage, path, size) != checksum:
                 yield f"{path} has another checksum than the manifest"
                 return
         yield from form.check_case(storage, row, store.collection.layout)
@@ -65,13 +61,3 @@ def case_problems(store: ShardStore, row: ManifestRow) -> Iterator[str]:
             yield "voxels per class differ from the manifest"
     except (CorruptShardError, StoreError, TaskError, ValueError) as error:
         yield str(error)
-
-
-def file_crc32c(storage: Storage, path: str, n_bytes: int) -> int:
-    """Checksum of a whole object, read in pieces."""
-    pieces = [(start, min(PIECE_BYTES, n_bytes - start)) for start in range(0, n_bytes, PIECE_BYTES)]
-    checksum = 0
-    for piece in pieces:
-        for view in storage.read_ranges(path, [piece]):
-            checksum = crc32c(view, checksum)
-    return checksum

@@ -22,9 +22,18 @@ import numpy as np
 from hermes_dist.errors import StoreError
 from hermes_dist.shards.case import CaseRecord, make_entry, prepare_arrays, safe_name
 from hermes_dist.shards.codec import crc32c
-from hermes_dist.shards.collection import COLLECTION_FILE, MANIFEST_FILE, Collection, content_digest, dump, open_manifest
+from hermes_dist.shards.collection import (
+    COLLECTION_FILE,
+    MANIFEST_FILE,
+    STAGED_FILE,
+    Collection,
+    content_digest,
+    dump,
+    open_manifest,
+)
 from hermes_dist.shards.layout import CaseFormat
 from hermes_dist.shards.manifest import Manifest, ManifestEntry, write_manifest
+from hermes_dist.shards.many import delete_each, read_each
 from hermes_dist.shards.remote import open_storage
 
 ROWS = ".staging/rows"
@@ -129,8 +138,9 @@ class StoreWriter:
         uris: set[str] = set()
 
         def entries() -> Iterator[ManifestEntry]:
+            staged = self._read_rows([place for place in places if isinstance(place, str)])
             for place in places:
-                entry = self._read_row(place) if isinstance(place, str) else next(old.entries([place])) if old else None
+                entry = next(staged) if isinstance(place, str) else next(old.entries([place])) if old else None
                 assert entry is not None
                 cases.append((entry.row.dataset, entry.row.case_id, entry.row.split, entry.row.data_hash))
                 uris.add(entry.row.uri)
@@ -147,16 +157,17 @@ class StoreWriter:
                     manifest_bytes=len(data),
                     manifest_crc32c=crc32c(data),
                 )
+                self._storage.write(STAGED_FILE, dump(collection))
                 self._storage.write(MANIFEST_FILE, data)
         names = [d.name for d in collection.tasks.datasets if d.name in {case[0] for case in cases}]
         self._form.finish(self._storage, [safe_name(name) for name in names])
         self._storage.write(COLLECTION_FILE, dump(collection))
+        self._storage.delete(STAGED_FILE)
         return collection, uris
 
     def _clean(self, row_files: Items[str], uris: set[str]) -> None:
         """Delete row files, and cases that no row names any more."""
-        for path in row_files:
-            self._storage.delete(path)
+        delete_each(self._storage, row_files)
         for path in list(self._storage.list(self._form.name)):
             uri = path if path in uris else "/".join(path.split("/")[:3])
             if uri not in uris and path.count("/") >= 2 and path.split("/")[2] != "zarr.json":
@@ -173,19 +184,20 @@ class StoreWriter:
         return self._manifest
 
     def _staged_keys(self) -> Iterator[tuple[Key, str]]:
-        for path in sorted(self._storage.list(ROWS)):
-            row = self._read_row(path).row
-            yield (row.dataset, row.case_id), path
+        paths = sorted(self._storage.list(ROWS))
+        for entry, path in zip(self._read_rows(paths), paths, strict=True):
+            yield (entry.row.dataset, entry.row.case_id), path
 
     def _staged(self, dataset: str, case_id: str) -> ManifestEntry | None:
         path = _row_path(dataset, case_id)
-        return None if self._storage.size(path) is None else self._read_row(path)
+        return None if self._storage.size(path) is None else next(self._read_rows([path]))
 
-    def _read_row(self, path: str) -> ManifestEntry:
-        try:
-            return ManifestEntry.from_json(json.loads(self._storage.read(path, ROW_LIMIT_BYTES)))
-        except ValueError as error:
-            raise StoreError(f"{self.url}/{path}: {error}; delete this file and convert again") from None
+    def _read_rows(self, paths: list[str]) -> Iterator[ManifestEntry]:
+        for path, data in zip(paths, read_each(self._storage, paths, ROW_LIMIT_BYTES), strict=True):
+            try:
+                yield ManifestEntry.from_json(json.loads(data))
+            except ValueError as error:
+                raise StoreError(f"{self.url}/{path}: {error}; delete this file and convert again") from None
 
 
 def _row_path(dataset: str, case_id: str) -> str:

@@ -7,17 +7,18 @@ image's placement and never influence it.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, Integer, Num
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hermes_dist.errors import GeometryError
-from hermes_dist.volume.geometry import Float3, Grid, Int3, Placement, closest_ras
+from hermes_dist.volume.geometry import Grid, Int3, Placement, closest_ras
 from hermes_dist.volume.intensity import body_box, clip_and_standardise, clip_range
 from hermes_dist.volume.resample import Interpolation, LabelInterpolation, nearest_indices, resample_image, resample_label
 
+SpacingMm = Annotated[float, Field(ge=0.05, le=100)]
 MAX_SHEAR = 0.01
 """Largest |cosine| between two axes that passes as rounding noise of a header."""
 SPACING_TOLERANCE = 1e-3
@@ -29,7 +30,7 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    spacing_mm_zyx: Float3 | None = (1.5, 1.5, 1.5)
+    spacing_mm_zyx: tuple[SpacingMm, SpacingMm, SpacingMm] | None = (1.5, 1.5, 1.5)
     """Spacing of stored volumes; null keeps every scan's own."""
     ct_clip_hu: tuple[float, float] = (-990.0, 500.0)
     """CT is clipped to these Hounsfield units."""
@@ -41,10 +42,19 @@ class Preprocessing(BaseModel):
     """Labels: nearest, or linear = the class with the largest interpolated share."""
     crop_body: bool = True
     """Crop away air around the body, by a rule that looks at the image alone."""
-    body_margin_mm: float = Field(default=10.0, ge=0)
+    body_margin_mm: float = Field(default=10.0, ge=0, le=1000)
     """Air kept around the body."""
     image_dtype: Literal["int16", "float16", "float32"] = "int16"
     """How normalised images are stored."""
+
+    @model_validator(mode="after")
+    def _limits_are_in_order(self) -> Preprocessing:
+        (low, high), (first, last) = self.ct_clip_hu, self.percentiles
+        if not -1e6 <= low < high <= 1e6:
+            raise ValueError(f"ct_clip_hu {self.ct_clip_hu}: expected two Hounsfield units, the lower one first")
+        if not 0 <= first < last <= 100:
+            raise ValueError(f"percentiles {self.percentiles}: expected two numbers from 0 to 100, the lower one first")
+        return self
 
 
 class Prepared(NamedTuple):
@@ -72,7 +82,8 @@ def place(grid: Grid, box_zyx: tuple[slice, slice, slice] | None, params: Prepro
     orientation = closest_ras(grid.affine)
     oriented = orientation.apply_to_grid(grid)
     starts, sides, shape, scale = list[int](), list[int](), list[int](), list[float]()
-    for axis, spacing_mm in enumerate(oriented.spacing_mm_zyx):
+    for axis, header_mm in enumerate(oriented.spacing_mm_zyx):
+        spacing_mm = float(f"{header_mm:.6g}")  # headers in single precision: noise must not decide where a tie goes
         n_all = oriented.shape_vox_zyx[axis]
         margin = int(np.ceil(params.body_margin_mm / spacing_mm))
         start = max(0, box_zyx[axis].start - margin) if box_zyx else 0

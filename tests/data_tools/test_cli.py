@@ -71,6 +71,7 @@ def test_a_bad_case_ends_with_one_and_its_name(nnunet, tmp_path):
     [
         (["convert", "--out", "x"], "name either raw datasets"),
         (["convert", "nowhere", "--out", "x"], "does not exist"),
+        (["convert", "s3://bucket/nowhere", "--out", "x"], "mount or copy the bucket"),
         (["convert", "SRC", "--out", "x", "--format", "zar"], "Did you mean 'zarr'"),
         (["convert", "SRC", "--out", "x", "--layout", "nnunt"], "Did you mean 'nnunet'"),
         (["convert", "SRC", "--out", "x", "--part", "5/4"], "expected i/n"),

@@ -51,6 +51,14 @@ def test_labels_can_be_chosen_renamed_and_made_regions(nnunet, tmp_path):
         ({"path": "nowhere"}, SourceError, "does not exist"),
         ({"include": "nothing"}, SourceError, "no case found"),
         ({"channel": "x"}, ConfigError, "channel"),
+        ({"channel": -1}, ConfigError, "channel"),
+        ({"name": "../x"}, ConfigError, "name"),
+        ({"name": "a\nb"}, ConfigError, "name"),
+        ({"labels": []}, ConfigError, "at least 1"),
+        ({"labels": ["a"], "label_ids": [0]}, ConfigError, "label_ids"),
+        ({"labels": ["a"], "label_ids": [99999]}, ConfigError, "label_ids"),
+        ({"ignore_value": 2}, ConfigError, "belongs to a class"),
+        ({"parts": {"train": 0, "val": 0, "test": 3}}, ConfigError, "train"),
     ],
 )
 def test_mistakes_are_named(fields, error, text, nnunet, tmp_path):
@@ -61,6 +69,16 @@ def test_mistakes_are_named(fields, error, text, nnunet, tmp_path):
 def test_mistakes_of_the_whole_file_are_named(nnunet, tmp_path):
     with pytest.raises(ConfigError, match="preprocessing"):
         read_collection_file(write(tmp_path, datasets=[entry(nnunet)], preprocessing={"spacing": 2}))
+    for wrong in (
+        {"spacing_mm_zyx": [0, 1, 1]}, {"spacing_mm_zyx": [float("nan"), 1, 1]}, {"percentiles": [98, 2]},
+        {"ct_clip_hu": [500, -990]}, {"body_margin_mm": float("inf")},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            read_collection_file(write(tmp_path, datasets=[entry(nnunet)], preprocessing=wrong))
+    (tmp_path / "table.json").write_text('{"toy": ["case_0"]}')
+    for key in ("splits", "patients"):
+        with pytest.raises(ConfigError, match=r"table\.json: toy: expected an object"):
+            read_collection_file(write(tmp_path, datasets=[entry(nnunet)], **{key: "table.json"}))
     file = write(tmp_path, datasets=[entry(nnunet)], splits={"toy": {"train": ["case_0"], "test": ["case_0"]}})
     with pytest.raises(ConfigError, match="twice"):
         read_collection_file(file)

@@ -14,6 +14,7 @@ from data_tools.inspect_store import find_case, restore
 from data_tools.jobs import Target, run_job
 from data_tools.journal import Journal
 from hermes_dist.errors import StoreError, UsageError
+from hermes_dist.shards.storage import LocalStorage
 from hermes_dist.shards.store import create_store, open_store
 
 QUIET = {"say": lambda text: None}
@@ -172,6 +173,17 @@ def test_every_oddity_has_its_verdict(change, verdict, check_name, tmp_path, raw
     assert bool(report.rejected) == (verdict == "reject")
 
 
+def test_files_of_an_unknown_kind_are_named(tmp_path, raw):
+    root = raw.make_nnunet(tmp_path / "Dataset001_Toy", cases=1)
+    for file in (*(root / "imagesTr").iterdir(), *(root / "labelsTr").iterdir()):
+        file.rename(file.with_name(file.name.replace(".nii.gz", ".png")))
+    description = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps({**description, "file_ending": ".png"}))
+    (finding,) = check(collection_of_sources([root])).rejected
+    assert finding.check == "unreadable"
+    assert "no reader for this file ending" in finding.message
+
+
 def test_copies_across_splits_are_leakage_and_within_a_split_a_warning(nnunet, tmp_path):
     for folder, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
         shutil.copy(nnunet / folder / f"case_0{suffix}.nii.gz", nnunet / folder / f"copy{suffix}.nii.gz")
@@ -213,3 +225,31 @@ def test_ray_workers_write_the_same_store(nnunet, tmp_path):
     run(nnunet, tmp_path / "one")
     run(nnunet, tmp_path / "two", workers=2)
     assert voxels(tmp_path / "one") == voxels(tmp_path / "two")
+
+
+@pytest.mark.parametrize("stage", ["manifest.parquet", "collection.json", "conversion.jsonl", "integrity.json"])
+def test_a_kill_while_publishing_an_increment_goes_on(stage, nnunet, tmp_path, raw, monkeypatch):
+    """Manifest and collection are two objects: between their writes neither the old store nor the new one is whole."""
+    out = tmp_path / "store"
+    run(nnunet, out)
+    for i in (7, 8):
+        image, label, affine = raw.make_volume(50 + i)
+        raw.save(nnunet / "imagesTr" / f"case_{i}_0000.nii.gz", image, affine)
+        raw.save(nnunet / "labelsTr" / f"case_{i}.nii.gz", label, affine)
+    write = LocalStorage.write
+
+    def killed(self, path, data):
+        if path == stage:
+            raise KeyboardInterrupt
+        write(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(nnunet, out)
+    report = run(nnunet, out)
+    assert report.counts == {"unchanged": 6}
+    assert report.collection.n_cases == len(open_store(str(out)).manifest) == 6
+    run(nnunet, tmp_path / "whole")
+    assert voxels(out) == voxels(tmp_path / "whole")
+    assert not list((out / ".staging").rglob("*.json"))

@@ -25,7 +25,7 @@ print(json.dumps({"counts": report.counts, "bytes": (peak - before) * 1024, "cpu
 
 
 def write_ct(root, shape, spacing, labelled):
-    """An uncompressed CT written plane by plane: noise in a body that fills most of it; every `labelled`-th voxel row is a class."""
+    """An uncompressed CT, written plane by plane: noise in a body that fills most of it; every `labelled`-th row is a class."""
     rng = np.random.default_rng(0)
     plane = rng.integers(-80, 200, shape[1:]).astype("<i2")
     plane[: shape[1] // 16], plane[:, : shape[2] // 16] = -1000, -1000

@@ -14,6 +14,7 @@ class RangeServer(ThreadingHTTPServer):
     """Serves a folder with byte ranges; `faults` says how the next answers go wrong (one entry is used up per request)."""
 
     daemon_threads = True
+    request_queue_size = 128  # a busy machine must not make a connection wait for a second try
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

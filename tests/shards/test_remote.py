@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import socket
 from collections.abc import Iterator
 
-import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
 from hermes_dist.shards.case import CaseRecord
@@ -19,26 +16,15 @@ from hermes_dist.shards.remote import RemoteStorage, open_storage
 from hermes_dist.shards.store import create_store, open_store
 from hermes_dist.tasks import TaskTable
 from hermes_dist.volume.preprocess import Preprocessing
+from tests.servers import s3_bucket
 
 TASKS = TaskTable.build([("ct", "CT", "trunk", [("liver", [1])], None)])
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    for name in [n for n in os.environ if n.startswith("AWS_")]:
-        patch.delenv(name)
-    patch.setenv("AWS_ACCESS_KEY_ID", "SECRETID")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "SECRETKEY")
-    patch.setenv("AWS_REGION", "us-east-1")
-    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="shards")
-    yield "s3://shards"
-    patch.undo()
-    server.stop()
+    with s3_bucket() as url:
+        yield url
 
 
 def make(i: int) -> tuple[CaseRecord, np.ndarray, np.ndarray]:
