@@ -144,6 +144,9 @@ class PriorsConfig(Section):
     """Use modality tokens (Table 4)."""
     length: int = Field(default=10, ge=1)
     """Tokens per modality, l of the paper."""
+    init_scale: float = Field(default=1.0, gt=0)
+    """Initial task and null tokens are this many times as large as published. Larger ones help small models: with the published
+    size all tasks of a dataset share one mask for hundreds of steps (docs/results/models.md)."""
     padding: Literal["masked", "attended"] | None = None
     """Padding columns: masked (a sample depends on itself alone), or one learned null token attended to, as published."""
 

@@ -101,6 +101,7 @@ def build_hermes(config: ModelConfig, tasks: TaskTable) -> Hermes:
             n_modalities=n_modalities,
             length=priors.length,
             null=attended,
+            init_scale=priors.init_scale,
         )
         for place in PLACES
         if place in priors.scales

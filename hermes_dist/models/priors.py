@@ -23,18 +23,21 @@ PLACES: tuple[str, ...] = ("enc4", "enc8", "enc16", "dec8", "dec4")
 class PriorPool(nn.Module):
     """Task and modality tokens of one fusion place."""
 
-    def __init__(self, channels: int, *, n_tasks: int, n_modalities: int, length: int, null: bool) -> None:
-        """`n_modalities` = 0: no modality prior. `null`: one learned token for padding columns."""
+    def __init__(
+        self, channels: int, *, n_tasks: int, n_modalities: int, length: int, null: bool, init_scale: float = 1.0
+    ) -> None:
+        """`n_modalities` = 0: no modality prior. `null`: one learned token for padding columns. `init_scale`: of task tokens."""
         super().__init__()
+        self.init_scale = init_scale
         self.task = nn.Parameter(torch.empty(n_tasks, channels))
         self.null = nn.Parameter(torch.empty(1, channels)) if null else None
         self.modality = nn.Parameter(torch.empty(n_modalities, length, channels)) if n_modalities else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform; the fans of the task table count the null row as published, present or not."""
+        """Xavier-uniform, task tokens times `init_scale`; the fans count the null row as published, present or not."""
         n_tasks, channels = self.task.shape
-        bound = math.sqrt(6 / (n_tasks + 1 + channels))
+        bound = self.init_scale * math.sqrt(6 / (n_tasks + 1 + channels))
         nn.init.uniform_(self.task, -bound, bound)
         if self.null is not None:
             nn.init.uniform_(self.null, -bound, bound)

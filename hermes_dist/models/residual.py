@@ -79,32 +79,34 @@ def _nr(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Statistics]:
 
 
 def _conv_unit_backward(
-    x: Tensor, stats: Statistics, weights: Sequence[Tensor], grads: Sequence[Tensor], wants: Sequence[bool]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x and of each of `weights` for conv(nr(x)) with each of them. `wants`: x, then each weight."""
-    normed = normalise_again(rows_of(x), stats)
-    a = map_of(normed.relu().to(grads[0].dtype), x)
-    ga: Tensor | None = None
-    gws: list[Tensor | None] = []
-    for weight, g, want_weight in zip(weights, grads, wants[1:], strict=True):
-        piece, gw = conv_backward(g, a, weight, (wants[0], want_weight))
-        gws.append(gw)
-        if piece is not None:
-            ga = piece if ga is None else ga.add_(piece)
+    part: _Part, stats: Statistics, weight: Tensor, g: Tensor, want: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the full map and of the weight for conv(nr(map)), each where wanted.
+
+    Keeps few maps at a time: the map is made twice where it is upsampled, and nr is redone twice.
+    """
+    a = _redo_nr(_full_map(part), stats, g.dtype)
+    ga, gw = conv_backward(g, a, weight, want)
+    del a
     if ga is None:
-        return None, gws
-    gx = nr_backward(rows_of(channels_last(ga)), rows_of(a), normed, stats)
-    return map_of(gx.to(x.dtype), x), gws
+        return None, gw
+    x = _full_map(part)
+    gx = nr_backward(rows_of(channels_last(ga)), rows_of(x), stats)
+    return map_of(gx.to(x.dtype), x), gw
+
+
+def _redo_nr(x: Tensor, stats: Statistics, dtype: torch.dtype) -> Tensor:
+    return map_of(normalise_again(rows_of(x), stats).relu_().to(dtype), x)
 
 
 def _part_backward(
-    part: _Part, stats: Statistics, weights: Sequence[Tensor], grads: Sequence[Tensor], wants: Sequence[bool]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    gx, gws = _conv_unit_backward(_full_map(part), stats, weights, grads, wants)
+    part: _Part, stats: Statistics, weight: Tensor, g: Tensor, want: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    gx, gw = _conv_unit_backward(part, stats, weight, g, want)
     if gx is not None and part.upsample_to is not None:
         wide = gx.float() if gx.dtype in _HALF else gx
         gx = _aten.upsample_trilinear3d_backward(wide, list(part.upsample_to), list(part.values.shape), True).to(gx.dtype)
-    return gx, gws
+    return gx, gw
 
 
 class _ResidualBlock(Function):
@@ -141,27 +143,29 @@ class _ResidualBlock(Function):
             g = channels_last(g.to(ctx.dtype))
             if h is None:
                 h = _first_half(parts, [w1], ctx.dtype)[0][0]
-            gh, (gw2,) = _conv_unit_backward(h, statistics[-1], [w2], [g], [True, wants[n + 1]])
+            gh, gw2 = _conv_unit_backward(_Part(h, None), statistics[-1], w2, g, (True, wants[n + 1]))
             assert gh is not None
             del h
-            weights, grads, slots = ([w1], [gh], [n]) if shortcut is None else ([w1, shortcut], [gh, g], [n, n + 2])
-            gxs: list[Tensor | None] = []
-            pieces: list[list[Tensor | None]] = [[] for _ in weights]
-            start = 0
-            for i, part in enumerate(parts):
-                stop = start + part.values.shape[1]
-                sliced = [w[:, start:stop] for w in weights]
-                gx, gws = _part_backward(part, statistics[i], sliced, grads, [wants[i], *(wants[s] for s in slots)])
-                gxs.append(gx)
-                for column, gw in zip(pieces, gws, strict=True):
-                    column.append(gw)
-                start = stop
+            # conv1 and the shortcut read the same map: their gradients are those of one convolution with both kernels.
+            both, g_both = (w1, gh) if shortcut is None else (torch.cat([w1, shortcut]), torch.cat([gh, g], dim=1))
+            del gh
+            want_weights = wants[n] or wants[n + 2]
+            gxs: list[Tensor | None] = [None] * n
+            pieces: list[Tensor | None] = [None] * n
+            stop = w1.shape[1]
+            # The upsampled maps first: they need the most memory, and then the first part's gradient does not exist yet.
+            for i in reversed(range(n)):
+                start = stop - parts[i].values.shape[1]
+                want = wants[i], want_weights
+                gxs[i], pieces[i] = _part_backward(parts[i], statistics[i], both[:, start:stop], g_both, want)
+                stop = start
             if shortcut is None and gxs[0] is not None:
                 gxs[0] = gxs[0].add_(g)
-        gw1 = _join(pieces[0], w1)
-        gws_shortcut = None if shortcut is None else _join(pieces[1], shortcut)
+        outputs = w1.shape[0]
+        gw1 = _join(pieces, w1, slice(None, outputs))
+        gw_shortcut = None if shortcut is None else _join(pieces, shortcut, slice(outputs, None))
         gw2 = None if gw2 is None else gw2.to(w2.dtype).contiguous()
-        return None, None, *gxs, gw1, gw2, gws_shortcut
+        return None, None, *gxs, gw1, gw2, gw_shortcut
 
 
 def _parts(values: Sequence[Tensor]) -> list[_Part]:
@@ -169,12 +173,10 @@ def _parts(values: Sequence[Tensor]) -> list[_Part]:
     return [_Part(values[0], None), *(_Part(v, (grid[0], grid[1], grid[2])) for v in values[1:])]
 
 
-def _join(pieces: Sequence[Tensor | None], weight: Tensor) -> Tensor | None:
+def _join(pieces: Sequence[Tensor | None], weight: Tensor, outputs: slice) -> Tensor | None:
     """One contiguous gradient of the weight's type from its slices' gradients along the input channels."""
-    known = [p for p in pieces if p is not None]
-    if not known:
-        return None
-    return (known[0] if len(known) == 1 else torch.cat(known, dim=1)).to(weight.dtype).contiguous()
+    known = [p[outputs] for p in pieces if p is not None]
+    return torch.cat(known, dim=1).to(weight.dtype).contiguous() if known else None
 
 
 def residual_block(

@@ -224,6 +224,11 @@ def test_initialisation_follows_the_published_bounds() -> None:
     assert not state["head.fc1.bias"].any()
     assert not state["head.fc4.bias"].any()
     assert state["modality_head.fc1.bias"].any()
+    config = ModelConfig.model_validate({"base_channels": 8, "priors": {"padding": "attended", "init_scale": 6}})
+    tokens: dict[str, Tensor] = build_model(config, table).state_dict()
+    for name, factor in (("task", 6), ("null", 6), ("modality", 1)):
+        bound = factor * bounds[f"pools.enc8.{'modality' if name == 'modality' else 'task'}"]
+        assert 0.9 * bound < tokens[f"pools.enc8.{name}"].abs().max().item() <= bound, name
 
 
 @pytest.mark.parametrize(
