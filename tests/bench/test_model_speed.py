@@ -30,8 +30,10 @@ def measure(side: str, **options: Any) -> dict[str, float]:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("base", [16, 32])
 def test_step_against_the_eager_baseline(base: int, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"base": base, "side_vox": 64, "columns": 15, "threads": 2, "repeats": 3}
-    baseline, ours = measure("baseline", **options), measure("none", **options)
+    options = {"base": base, "side_vox": 64, "columns": 15, "threads": 2, "repeats": 2}
+    # Sides alternate, and each is judged by its best round: the machine's speed drifts.
+    rounds = [(measure("baseline", **options), measure("none", **options)) for _ in range(2)]
+    baseline, ours = (min(side, key=lambda row: row["cpu_s"]) for side in zip(*rounds, strict=True))
     time_ratio, memory_ratio = ours["cpu_s"] / baseline["cpu_s"], ours["peak_mib"] / baseline["peak_mib"]
     with capsys.disabled():
         for name, row in (("baseline", baseline), ("ours", ours)):
