@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.collection import DatasetEntry, collection_of_sources, read_collection_file
+from data_tools.collection import collection_of_sources, read_collection_file
 from data_tools.convert import check
+from data_tools.entries import DatasetEntry
 from hermes_dist.errors import ConfigError, SourceError, TaskError, UsageError
 from tests.data_tools.dicom_files import write_chaos
 
