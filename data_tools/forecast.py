@@ -65,11 +65,13 @@ def stored_voxels(job: Job) -> int:
 
 
 def peak_bytes(job: Job) -> int:
-    """Memory that converting a case may need: the decoded scan and label, and the resampled volume with its working copy."""
+    """Memory that converting a case may need: the decoded scan (and its real values), the label, the resampled volume as float and
+    as stored; more than tests/data_tools/test_memory.py measures.
+    """
     try:
         grid, decoded_bytes = measure_case(job.case)
         stored = np.prod(place(grid, None, job.params).stored_shape_vox_zyx, dtype=np.int64)
-        return WORKER_BYTES + 2 * decoded_bytes + int(np.prod(grid.shape_vox_zyx, dtype=np.int64)) + 10 * int(stored)
+        return WORKER_BYTES + 2 * decoded_bytes + 2 * int(np.prod(grid.shape_vox_zyx, dtype=np.int64)) + 6 * int(stored)
     except (RejectedError, GeometryError):
         return WORKER_BYTES
 

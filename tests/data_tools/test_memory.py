@@ -14,13 +14,17 @@ CONVERT = """
 import json, resource, sys
 from pathlib import Path
 from data_tools.collection import read_collection_file
-from data_tools.convert import Settings, convert
+from data_tools.convert import Settings, convert, plan_jobs
+from data_tools.forecast import peak_bytes
 import data_tools.sources.nifti, hermes_dist.shards.zarr_store
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-report = convert(read_collection_file(Path(sys.argv[1])), sys.argv[2], Settings(format=sys.argv[3]), say=print)
+collection = read_collection_file(Path(sys.argv[1]))
+forecast = peak_bytes(plan_jobs(collection)[0])
+report = convert(collection, sys.argv[2], Settings(format=sys.argv[3]), say=print)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 use = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"counts": report.counts, "bytes": (peak - before) * 1024, "cpu_s": use.ru_utime + use.ru_stime}))
+found = {"bytes": (peak - before) * 1024, "forecast": forecast, "cpu_s": use.ru_utime + use.ru_stime}
+print(json.dumps({"counts": report.counts, **found}))
 """
 
 
@@ -68,5 +72,6 @@ def peak(tmp_path, shape, spacing, *, labelled=1, format="zarr", **preprocessing
     ("spacing", "target"), [((0.6, 0.5, 0.5), [1.5, 1.5, 1.5]), ((0.6, 0.5, 0.5), None)], ids=["to 1.5 mm", "own spacing"]
 )
 def test_a_fully_labelled_ct_needs_at_most_four_times_its_size(spacing, target, format, tmp_path):
-    times, _ = peak(tmp_path, (160, 512, 512), spacing, format=format, spacing_mm_zyx=target)
+    times, found = peak(tmp_path, (160, 512, 512), spacing, format=format, spacing_mm_zyx=target)
     assert times <= 4.0
+    assert found["bytes"] <= found["forecast"]
