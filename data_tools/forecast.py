@@ -65,8 +65,8 @@ def stored_voxels(job: Job) -> int:
 
 
 def peak_bytes(job: Job) -> int:
-    """Memory that converting a case may need: the decoded scan (and its real values), the label, the resampled volume as float and
-    as stored; more than tests/data_tools/test_memory.py measures.
+    """Memory that converting a case may need: the decoded scan (and its real values), the label, the resampled volume as float
+    and as stored; more than tests/data_tools/test_memory.py measures.
     """
     try:
         grid, decoded_bytes = measure_case(job.case)
