@@ -252,5 +252,5 @@ def _join(place: Place, device: torch.device, limit_s: float) -> dist.Store | No
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise WaitTimeoutError(
             f"rank {place.rank} of {place.world_size} could not meet the others at {address}:{port} in {limit_s:.0f} s: {error}. "
-            "Check that every rank was started and that the port is reachable from every host"
+            "Check that every rank was started and that the port is free on the first host and reachable from all (--master_port)"
         ) from None

@@ -17,6 +17,10 @@ from hermes_dist.scaling.model_costs import layers
 MODES = ("none", "selective", "blocks", "full")
 OVERHEAD_BYTES = 2 * 2**30
 """CUDA context, cuDNN workspaces and fragmentation on a GPU."""
+BUCKET_BYTES = 4 * 20_000_000
+"""One bucket of gradients under way to the other ranks: the engine's default of `reduce_bucket_size` (parallel/ds_config.py)."""
+LIVE_BYTES = 4 * 40_000_000
+"""Gathered weights that stage 3 holds at a time: the engine's default of `stage3_max_live_parameters`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,27 @@ def state_bytes(parameters: int, stage: int, world_size: int, *, ema: bool = Tru
         ema=(whole if stage == 0 else part) if ema else 0.0,
         gradients_stay=stage == 3,
     )
+
+
+def resident_buffer_bytes(stage: int) -> float:
+    """Buffers that live between steps beside the states: stage 3 keeps its bucket."""
+    return BUCKET_BYTES if stage == 3 else 0.0
+
+
+def transient_bytes(parameters: int, stage: int, world_size: int, activations: float) -> float:
+    """What a step needs at its peak on top of `StateBytes.at_rest` and `resident_buffer_bytes`.
+
+    Stages 0 and 1: all gradients, and then activations or, when the backward pass is through, one bucket of copies. Stage 2: the
+    reduced part of the gradients, and activations with a bucket, or a flat copy of that part. Stage 3: activations,
+    gathered weights, and the bucket's copy for the reduction with the part that comes back.
+    """
+    whole, part = 4.0 * parameters, 4.0 * parameters / world_size
+    bucket = min(whole, BUCKET_BYTES)
+    if stage < 2:
+        return whole + max(activations, bucket if stage or world_size > 1 else 0.0)
+    if stage == 2:
+        return part + max(activations + bucket, part)
+    return max(activations + min(whole, LIVE_BYTES) + bucket * (1 + 1 / world_size), part)
 
 
 def kept_activation_elements(config: ModelConfig, request: Request, mode: str) -> int:

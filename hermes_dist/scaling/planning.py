@@ -14,7 +14,14 @@ from hermes_dist.scaling.communication import Cluster, step_bytes, step_seconds
 from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.data_path import DataNeed, data_need
 from hermes_dist.scaling.devices import Device
-from hermes_dist.scaling.memory import MODES, OVERHEAD_BYTES, activation_bytes, state_bytes
+from hermes_dist.scaling.memory import (
+    MODES,
+    OVERHEAD_BYTES,
+    activation_bytes,
+    resident_buffer_bytes,
+    state_bytes,
+    transient_bytes,
+)
 from hermes_dist.scaling.model_costs import parameter_count, recomputed_flops, training_flops
 
 STAGES = (1, 2, 0, 3)
@@ -122,12 +129,13 @@ def _option(
     mode: str,
 ) -> Option:
     parameters, train = parameter_count(config.model, request), config.train
-    states = state_bytes(parameters, stage, world_size, ema=train.ema.enabled).total
+    held = state_bytes(parameters, stage, world_size, ema=train.ema.enabled)
     element = 2 if train.precision == "bf16" else 4
     one = activation_bytes(config.model, request, mode, micro_batch=1, bytes_per_element=element)
-    free = device.memory_bytes * (1 - assume.memory_headroom) - OVERHEAD_BYTES - states
+    free = device.memory_bytes * (1 - assume.memory_headroom) - OVERHEAD_BYTES - held.at_rest - resident_buffer_bytes(stage)
     share = math.ceil(train.global_batch / world_size)
-    micro = max(0, min(share, int(free // one)))
+    fits = (m for m in range(share, 0, -1) if transient_bytes(parameters, stage, world_size, m * one) <= free)
+    micro = next(fits, 0)
     flops = training_flops(config.model, request)
     again = recomputed_flops(config.model, request, mode)
     compute = share * (flops + again) / (device.peak(train.precision) * assume.utilisation)
@@ -139,7 +147,7 @@ def _option(
         stage,
         mode,
         micro,
-        states,
+        held.total,
         micro * one,
         step_s,
         step_bytes(parameters, stage, world_size, micro_steps=steps),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hermes_dist.scaling.memory import activation_bytes, buffer_bytes, state_bytes
+from hermes_dist.scaling.memory import activation_bytes, resident_buffer_bytes, state_bytes, transient_bytes
 from hermes_dist.scaling.model_costs import Request, parameter_count
 from tests.bench.engine_ranks import COLUMNS, TASKS, make_config
 
@@ -38,7 +38,8 @@ def predicted(case: dict[str, Any]) -> tuple[float, float]:
     n = parameter_count(config.model, request)
     states = state_bytes(n, case["stage"], case["ranks"])
     active = activation_bytes(config.model, request, case["mode"], micro_batch=1, bytes_per_element=4)
-    return states.at_rest, states.total + active + buffer_bytes(n, case["stage"], case["ranks"])
+    rest = states.at_rest + resident_buffer_bytes(case["stage"])
+    return rest, rest + transient_bytes(n, case["stage"], case["ranks"], active)
 
 
 def check(cases: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def torchrun(host: Host, master: Host, *args: str) -> list[str]:
 
 
 def test_torchrun_goes_on_with_one_host_when_the_other_is_lost(hosts: tuple[Host, Host], tmp_path: Path) -> None:
-    run, steps = tmp_path / "run", 60
+    run, steps = tmp_path / "run", 40
     run.mkdir()
     options = json.dumps({"sleep_s": 0.1, "stage": 2})
     elastic = ["--nnodes", "1:2", "--max-restarts", "3"]

@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from hermes_dist.config import Config, resolve, validate
+from hermes_dist.parallel.ds_config import BUFFER_ELEMENTS
 from hermes_dist.scaling.communication import Cluster
 from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.devices import find_device
-from hermes_dist.scaling.memory import activation_bytes, state_bytes
+from hermes_dist.scaling.memory import BUCKET_BYTES, LIVE_BYTES, activation_bytes, state_bytes, transient_bytes
 from hermes_dist.scaling.plan_text import print_plan, print_simulation
 from hermes_dist.scaling.planning import Assumptions, Plan, make_plan, recommended_sections
 
@@ -30,6 +31,15 @@ def test_states_by_stage() -> None:
     "part."""
     totals = [state_bytes(10**6, stage, 4).total / 1e6 for stage in range(4)]
     assert totals == [20, 4 + 4 + 2 + 1 + 1, 4 + 1 + 2 + 1 + 1, 1 + 1 + 2 + 1 + 1]
+
+
+def test_what_a_step_adds_by_stage() -> None:
+    """Against figures of docs/results/engine.md; the buffers are those that the engine asks DeepSpeed for."""
+    assert BUFFER_ELEMENTS["reduce_bucket_size"] * 4 == BUCKET_BYTES
+    assert BUFFER_ELEMENTS["stage3_max_live_parameters"] * 4 == LIVE_BYTES
+    added = [transient_bytes(60_834_946, stage, 2, 79e6) / 1e6 for stage in range(4)]
+    assert added == pytest.approx([323, 323, 281, 359], abs=1)
+    assert transient_bytes(10**6, 0, 1, 5e6) == 4e6 + 5e6
 
 
 def test_checkpointing_saves_what_it_promises() -> None:
