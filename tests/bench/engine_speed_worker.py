@@ -117,9 +117,7 @@ def checkpoint(case: dict[str, Any]) -> dict[str, Any]:
         begun = time.perf_counter()
         # Every rank takes the same number of steps, whoever still writes.
         while int(runtime.sum(torch.tensor([int(checkpointer.writing)]))[0]):
-            took = step()
-            if int(runtime.sum(torch.tensor([int(checkpointer.writing)]))[0]):
-                writing.append(took)
+            writing.append(step())  # the last one only partly meets the writing
         write_s.append(time.perf_counter() - begun)
         checkpointer.finish()
     size = sum(f.stat().st_size for f in (Path(case["folder"]) / "run").rglob("*.safetensors")) / config.checkpoint.keep
