@@ -2,8 +2,8 @@
 
 | mode | recomputed | kept |
 |---|---|---|
-| `none` | norm and ReLU of residual blocks, fusion blocks of Hermes-R | inputs of both convolutions of a residual block |
-| `selective` | also the first convolution of a residual block, and Hermes-M's attention blocks | block inputs |
+| `none` | norm and ReLU only (part of the residual block itself) | inputs of both convolutions of a block |
+| `selective` | the first convolution of a residual block, and everything of an attention block | block inputs |
 | `blocks` | every residual and attention block | block inputs |
 | `full` | every stage | stage inputs |
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hermes_dist.errors import ModelError
-from hermes_dist.models.attention import AttentionKind, FusionLayer
+from hermes_dist.models.attention import AttentionKind, FusionBlock, FusionLayer
 from hermes_dist.models.convolution import Conv3d, channels_last
 from hermes_dist.models.residual import residual_block
 
@@ -158,11 +158,14 @@ class ResUNet(nn.Module):
         return BackboneOutput(x, None, posteriors)
 
     def segments(self) -> dict[str, Sequence[nn.Module]]:
-        """Modules that each checkpointing mode recomputes as a whole (fusion blocks always are)."""
+        """Modules that each checkpointing mode recomputes as a whole."""
+        stages = [self.stem, *self.down, *self.up]
+        fusion_blocks = [m for m in self.modules() if isinstance(m, FusionBlock)]
+        residual_blocks = [m for m in self.modules() if isinstance(m, ResidualBlock)]
         return {
-            "selective": [],
-            "blocks": [m for m in self.modules() if isinstance(m, ResidualBlock)],
-            "full": [self.stem, *self.down, *self.up],
+            "selective": fusion_blocks,
+            "blocks": fusion_blocks + residual_blocks,
+            "full": [*stages, *self.fusion.values()],
         }
 
 

@@ -9,32 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
-from hermes_dist.models.published import from_state_dict, rename
-from hermes_dist.seg.losses import pair_losses
+from hermes_dist.models.published import from_state_dict
 from tests.models.conftest import vector as vector
-
-NEGLIGIBLE = 2e-6
-"""Norms that are zero in exact arithmetic."""
-
-
-def grad_norms(vector: Any, dtype: torch.dtype) -> dict[str, float]:
-    """Norm per published parameter, of the reference's total loss."""
-    model = from_state_dict(vector.state).to(dtype)
-    output = model(vector.image.to(dtype), vector.task_ids, vector.modality_ids)
-    heads = [h for h in (output.mask_logits, output.aux_logits) if h is not None]
-    valid = vector.task_ids >= 0
-    total = 0.01 * functional.cross_entropy(output.modality_logits, vector.modality_ids)
-    for logits in heads:
-        bce, tversky = pair_losses(logits, vector.labels, overlap="tversky")
-        total = total + (bce[valid].mean() + tversky[valid].mean()) / len(heads)
-    total.backward()
-    own, norms = dict(model.named_parameters()), dict[str, float]()
-    for published, mine in rename(vector.state).items():
-        parts = [own[mine].grad, own[f"{mine.removesuffix('.task')}.null"].grad if mine.endswith(".task") else None]
-        norms[published] = float(torch.cat([p.flatten() for p in parts if p is not None]).norm())
-    return norms
+from tests.models.test_published import NEGLIGIBLE, grad_norms
 
 
 def deviations(found: dict[str, float], expected: dict[str, float]) -> list[float]:
@@ -45,7 +23,8 @@ def deviations(found: dict[str, float], expected: dict[str, float]) -> list[floa
 @pytest.mark.bench
 @pytest.mark.timeout(1800)
 def test_deviations_of_gradient_norms(vector: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    reference, single, double = vector.facts["grad_norms"], grad_norms(vector, torch.float32), grad_norms(vector, torch.float64)
+    reference = vector.facts["grad_norms"]
+    single, double = (grad_norms(from_state_dict(vector.state).to(t), vector) for t in (torch.float32, torch.float64))
     pairs = {
         "ours to reference": (single, reference),
         "reference to float64": (reference, double),

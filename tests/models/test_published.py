@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from hermes_dist.models.published import from_state_dict, rename
 from hermes_dist.seg.losses import pair_losses
-from tests.bench.model_baseline import BaselineHermesR
 
 # Norms over 8 or 12 voxels at 16x make some gradients ill-conditioned: the float32 reference is itself up to 1.6e-3 (R) and
-# 6.8e-3 (M) away from the same model in float64. Some norms are zero in exact arithmetic (abs=1e-6).
-GRADIENT_TOLERANCE = {"R16": 2e-3, "M": 1e-2}
+# 6.8e-3 (M) away from the same model in float64, the same on every machine. What float32 makes of them differs from one kind of
+# CPU to the next: 2e-6 to 1e-3 from the reference was seen for one plain implementation.
+ROUNDING_OF_REFERENCE = {"R16": 2e-3, "M": 8e-3}
+NEGLIGIBLE = 2e-6
+"""Norms that are zero in exact arithmetic."""
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -43,34 +46,33 @@ def test_reference_vectors(vector: Any) -> None:
     total = total + 0.01 * modality
     assert total.item() == pytest.approx(facts["loss"]["total"], rel=1e-5)
 
-    total.backward()
-    own = dict(model.named_parameters())
-    for published, mine in rename(vector.state).items():
-        grad = own[mine].grad
-        assert grad is not None
-        if mine.endswith(".task"):
-            null = own[f"{mine.removesuffix('.task')}.null"].grad
-            assert null is not None
-            grad = torch.cat([grad, null])
-        expected = facts["grad_norms"][published]
-        assert float(grad.norm()) == pytest.approx(expected, rel=GRADIENT_TOLERANCE[facts["model"]], abs=1e-6), published
 
-
-@pytest.mark.parametrize("vector", ["hermes_r_b16"], indirect=True)
-def test_a_plain_implementation_meets_the_gradient_norms_of_hermes_r(vector: Any) -> None:
-    """So the vector is understood, and what the fused model misses is rounding.
-
-    On the kind of CPU that made the reference it agrees to 1e-5; other kinds round otherwise (4e-4 seen, with SSE kernels).
-    """
-    rows = vector.state["prior_init_fuse_2.task_prior"].shape[0]
-    null_ids = torch.where(vector.task_ids < 0, rows - 1, vector.task_ids)
-    plain = BaselineHermesR(16, rows, vector.state["prior_init_fuse_2.modality_prior"].shape[0])
-    plain.load_state_dict(vector.state)
-    logits, modality = plain(vector.image, null_ids, vector.modality_ids)
-    bce, tversky = pair_losses(logits, vector.labels, overlap="tversky")
+def grad_norms(model: nn.Module, vector: Any) -> dict[str, float]:
+    """Norm per parameter of a model with our names, of the reference's total loss."""
+    dtype = next(model.parameters()).dtype
+    output = model(vector.image.to(dtype), vector.task_ids, vector.modality_ids)
+    heads = [h for h in (output.mask_logits, output.aux_logits) if h is not None]
     valid = vector.task_ids >= 0
-    total = bce[valid].mean() + tversky[valid].mean() + 0.01 * functional.cross_entropy(modality, vector.modality_ids)
+    total = 0.01 * functional.cross_entropy(output.modality_logits, vector.modality_ids)
+    for logits in heads:
+        bce, tversky = pair_losses(logits, vector.labels, overlap="tversky")
+        total = total + (bce[valid].mean() + tversky[valid].mean()) / len(heads)
     total.backward()
-    for name, parameter in plain.named_parameters():
-        assert parameter.grad is not None
-        assert float(parameter.grad.norm()) == pytest.approx(vector.facts["grad_norms"][name], rel=1e-3, abs=1e-6), name
+    own, norms = dict(model.named_parameters()), dict[str, float]()
+    for published, mine in rename(vector.state).items():
+        parts = [own[mine].grad, own[f"{mine.removesuffix('.task')}.null"].grad if mine.endswith(".task") else None]
+        norms[published] = float(torch.cat([p.flatten() for p in parts if p is not None]).norm())
+    return norms
+
+
+def worst(found: dict[str, float], expected: dict[str, float]) -> float:
+    """Largest relative deviation of the norms that count."""
+    assert found.keys() == expected.keys()
+    return max(abs(found[n] - e) / e for n, e in expected.items() if max(e, found[n]) > NEGLIGIBLE)
+
+
+def test_gradient_norms_of_the_reference(vector: Any) -> None:
+    limit = ROUNDING_OF_REFERENCE[vector.facts["model"]]
+    double = grad_norms(from_state_dict(vector.state).double(), vector)
+    assert worst(double, vector.facts["grad_norms"]) < limit
+    assert worst(grad_norms(from_state_dict(vector.state), vector), double) < 4 * limit
