@@ -36,6 +36,10 @@ class InlineSource:
         """From here on leave the augmentation to the training device."""
         self._reader.augment_here = False
 
+    def waits_for(self) -> str:
+        """What a wait for the next sample is a wait for."""
+        return "this process to read it"
+
     def gauges(self) -> dict[str, float]:
         """No workers, no object store: nothing to report."""
         return {}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hermes_dist.config import Config
-from hermes_dist.errors import ConfigError, WaitTimeoutError
+from hermes_dist.errors import ConfigError, StreamError, WaitTimeoutError
 from hermes_dist.stream.batch import Collator, StepBatch, local_part, micro_batch_count
 from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.prepare import build_reader
@@ -46,6 +46,10 @@ class Source(Protocol):
 
     def augment_on_device(self) -> None:
         """Leave the augmentation of samples that are not yet under way to the training device."""
+        ...
+
+    def waits_for(self) -> str:
+        """What a wait for the next sample is a wait for, in words."""
         ...
 
     def gauges(self) -> dict[str, float]:
@@ -142,7 +146,12 @@ class Stream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except StreamError as left:
+            if error is None:
+                raise
+            error.add_note(str(left))  # what ended the run matters more than what could not be tidied up
 
     def close(self) -> None:
         """Stop the feeder, then release workers: a sample that is under way still needs them. Safe to call twice."""
@@ -197,7 +206,7 @@ class Stream:
                     continue
                 raise WaitTimeoutError(
                     f"rank {self._rank} waited {silent_s:.0f} s for {self._awaited} (step {self._step}, backend "
-                    f"{self._config.stream.backend}, {self._config.stream.workers} workers), more than stream.wait_limit_s="
+                    f"{self._config.stream.backend}: for {self._source.waits_for()}), more than stream.wait_limit_s="
                     f"{limit_s:g}; check storage and workers, or raise the limit"
                 ) from None
             if isinstance(item, _Ready):

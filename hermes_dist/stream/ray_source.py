@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from itertools import chain, islice
 from typing import Any
@@ -37,6 +37,7 @@ from hermes_dist.stream.inline_source import read_run
 from hermes_dist.stream.ray_cluster import Cluster, local_place, quiet_ray
 from hermes_dist.stream.ray_gauges import ClusterGauges
 from hermes_dist.stream.reader import Reader, Sample
+from hermes_dist.stream.starter import Starter
 from hermes_dist.volume.augment import Draw
 
 ROWS_PER_TASK = 4
@@ -85,7 +86,7 @@ class RaySource:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         # Linux ends the cluster's processes with the thread that started them: this one, which lives until `close` has ended.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="ray-start")
+        self._starter = Starter("ray-start")
         self._started = self._starter.submit(self._start)
         self._following: Future[tuple[int, Iterator[Any]] | None] = Future()
 
@@ -124,6 +125,14 @@ class RaySource:
             if self._cluster is not None:
                 self._reader_ref = self._send_reader()
 
+    def waits_for(self) -> str:
+        """What a wait for the next sample is a wait for, in words."""
+        if not self._started.done():
+            return "the Ray cluster to start"
+        if not self._following.done():
+            return "a Ray Data pipeline to deliver its first sample"
+        return f"{self._workers} Ray workers to read it"
+
     def gauges(self) -> dict[str, float]:
         """Workers and object store, by metric name, on the rank that speaks for the cluster; empty until Ray has started."""
         return self._gauges.values() if self._gauges is not None else {}
@@ -139,12 +148,13 @@ class RaySource:
         self._closed.set()
         self._following.cancel()
         ended = self._starter.submit(self._leave)
-        self._starter.shutdown(wait=False)
+        self._starter.finish()
         try:
             ended.result(CLOSE_LIMIT_S)
         except TimeoutError:
             raise WaitTimeoutError(
-                f"Ray did not end within {CLOSE_LIMIT_S:.0f} s; `ray stop --force` on this host removes what is left"
+                f"Ray did not end within {CLOSE_LIMIT_S:.0f} s; what is left of it ends with this process "
+                "(`ray stop --force` on this host, if not)"
             ) from None
         finally:
             if self._kill_dir:
