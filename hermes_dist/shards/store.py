@@ -186,9 +186,9 @@ class ShardStore:
         try:
             self._fill(self._storage, case, job)
         except CorruptShardError:
-            if self._origin is self._storage:
+            if isinstance(self._origin, LocalStorage):
                 raise
-            self._fill(self._origin, case, job)  # what is damaged may be the copy on this host
+            self._fill(self._origin, case, job)  # what is damaged may be the copy on this host, or what came over the network
 
     def _fill(self, storage: Storage, case: ManifestRow, job: _Job) -> None:
         began = time.perf_counter()

@@ -22,6 +22,7 @@ class RangeServer(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.ranges: list[str] = []
         self.lock = threading.Lock()
+        self.together = threading.Barrier(3)
 
     @property
     def url(self) -> str:
@@ -51,6 +52,20 @@ class Handler(BaseHTTPRequestHandler):
         if fault.isdigit():
             self.send_error(int(fault))
             return
+        if fault == "slow down":  # as S3 says it
+            body_xml = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            self.send_response(503)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body_xml)))
+            self.end_headers()
+            self.wfile.write(body_xml)
+            return
+        if fault == "together":  # answered only while two others are under way
+            try:
+                self.server.together.wait(timeout=20)
+            except threading.BrokenBarrierError:
+                self.send_error(400)
+                return
         if fault == "stall":
             time.sleep(3)
         if fault == "reset":
