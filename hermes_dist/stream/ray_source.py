@@ -11,6 +11,7 @@ worker processes keep their opened stores from one pipeline to the next.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -20,7 +21,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class RaySource:
         # Linux ends the cluster's processes with the thread that started them: this one, which lives until `close` has ended.
         self._starter = Starter("ray-start")
         self._started = self._starter.submit(self._start)
-        self._following: Future[tuple[int, Iterator[Any]] | None] = Future()
+        self._following: Future[Pipeline | None] = Future()
 
     def __iter__(self) -> Generator[Sample]:
         yield from read_run(self._reader, self._first)
@@ -108,11 +109,11 @@ class RaySource:
         self._following = self._starter.submit(self._open, FIRST_SEGMENT_ROWS)
         yield from map(self._read, here)  # while the first pipeline starts
         while (current := self._following.result()) is not None:
-            rows, blocks = current
-            samples = (sample for block in blocks for sample in decode_block(block))
-            yield from islice(samples, rows - min(rows // 2, early))
-            self._following = self._starter.submit(self._open, SEGMENT_ROWS)
-            yield from samples
+            with contextlib.closing(current):
+                samples = iter(current)
+                yield from islice(samples, current.rows - min(current.rows // 2, early))
+                self._following = self._starter.submit(self._open, SEGMENT_ROWS)
+                yield from samples
 
     def _read(self, position: int) -> Sample:
         """One sample, read in this process."""
@@ -161,7 +162,14 @@ class RaySource:
                 shutil.rmtree(self._kill_dir, ignore_errors=True)
 
     def _leave(self) -> None:
-        """Drop the pipelines that nobody read, then the cluster. Runs after all that was asked of the starter's thread."""
+        """End a pipeline that nobody read, then the cluster. Runs after all that was asked of the starter's thread.
+
+        In this order: a pipeline that outlives Ray takes the whole process down (a failed check in its C++ part).
+        """
+        if self._following.done() and not self._following.cancelled() and self._following.exception() is None:
+            unread = self._following.result()
+            if unread is not None:
+                unread.close()
         self._following = Future()
         with self._lock:
             cluster, self._cluster, self._reader_ref = self._cluster, None, None
@@ -186,11 +194,11 @@ class RaySource:
         sent.chaos.kill_dir = self._kill_dir  # only workers are ever killed
         return ray.put(sent)
 
-    def _open(self, rows: int) -> tuple[int, Iterator[Any]] | None:
+    def _open(self, rows: int) -> Pipeline | None:
         """Start a pipeline over the next `rows` positions, and wait for its first block.
 
         Returns:
-            (samples, blocks); None where no position is left, or nobody needs more.
+            The pipeline; None where no position is left, or nobody needs more.
         """
         positions = list(islice(self._positions, rows))
         if not positions or self._closed.is_set():
@@ -208,14 +216,34 @@ class RaySource:
             override_num_blocks=len(tasks),
             num_cpus=1,
         )
-        batches = iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
-        # A pipeline begins to run when its first block is asked for.
-        return len(positions), chain([next(batches)], batches)
+        return Pipeline(len(positions), dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
 
     def _buffer_bytes(self) -> int:
         """What finished samples may take up in the object store, within half of it."""
         wanted = (self._config.prefetch + 2 * ROWS_PER_TASK * self._workers) * self._sample_bytes
         return min(wanted, (self._config.object_store_mib << 20) // 2)
+
+
+class Pipeline:
+    """A started pipeline over `rows` samples. Iterate once; close before Ray ends."""
+
+    def __init__(self, rows: int, batches: Iterable[Any]) -> None:
+        self.rows = rows
+        self._batches = iter(batches)
+        self._first: Any = next(self._batches)  # a pipeline begins to run when its first block is asked for
+
+    def __iter__(self) -> Iterator[Sample]:
+        first, self._first = self._first, None
+        yield from decode_block(first)
+        del first
+        for block in self._batches:
+            yield from decode_block(block)
+
+    def close(self) -> None:
+        """Stop its tasks. Safe to call twice."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
 
 
 class Pace(ExecutionCallback):

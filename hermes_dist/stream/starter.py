@@ -6,11 +6,10 @@ that may never return on a broken host.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,13 +35,14 @@ class Starter:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            future, function = call
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = function()
-            except BaseException as error:  # handed to whoever asks for the result
-                future.set_exception(error)
-            else:
-                with contextlib.suppress(InvalidStateError):
-                    future.set_result(result)
+            _answer(*call)
+            del call  # what a call returned must not live on here
+
+
+def _answer(future: Future[Any], function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:  # handed to whoever asks for the result
+        future.set_exception(error)

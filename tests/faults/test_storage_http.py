@@ -71,6 +71,17 @@ def test_near_ranges_are_one_request(server: RangeServer) -> None:
     store.close()
 
 
+def test_far_ranges_are_fetched_at_the_same_time(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "MAX_GAP_BYTES", 0)
+    monkeypatch.setattr(remote, "MAX_JOINED_BYTES", 1)
+    store, local = open_store(server.url), open_store(str(server.root))
+    store.read_crop(0, (0, 0, 0), (1, 1, 1))
+    server.faults = ["together"] * 3
+    np.testing.assert_array_equal(store.read_case(0)[0], local.read_case(0)[0])
+    assert not server.faults
+    store.close()
+
+
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", ["503", "500", "429", "stall", "reset", "cut"])
 def test_what_may_pass_is_transient_and_passes(server: RangeServer, fault: str) -> None:

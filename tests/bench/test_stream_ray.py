@@ -1,0 +1,83 @@
+"""What Ray costs: CPU time of a sample read by a Ray worker against one read in the training process, and the first batch.
+
+CPU time is that of all processes of the private cluster and of this one, between two steps of a warm stream, so Ray's own
+scheduling, its daemons and the way through the object store are in it. Both backends take turns over the same positions.
+pytest tests/bench/test_stream_ray.py -m bench -s
+"""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+
+from hermes_dist.config import Config, validate
+from hermes_dist.shards.store import ShardStore
+from hermes_dist.stream import ray_source
+from hermes_dist.stream.loader import open_stream
+from tests.bench import stream_data
+
+pytestmark = [pytest.mark.bench, pytest.mark.slow, pytest.mark.multiproc, pytest.mark.timeout(900)]
+
+SIDE, BATCH, WARM_STEPS, STEPS = 96, 4, 12, 60
+ALLOWED = 1.25
+FIRST_BATCH_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ShardStore:
+    cases = [stream_data.scan(i, stream_data.SIDES["large"]) for i in range(3)]
+    return stream_data.write_store(tmp_path_factory.mktemp("bench") / "store", cases)
+
+
+def make_config(backend: str) -> Config:
+    return validate(
+        {
+            "data": {"patch_vox_zyx": (SIDE,) * 3},
+            "stream": {"backend": backend, "workers": 1, "prefetch": 8},
+            "train": {"global_batch": BATCH, "max_steps": WARM_STEPS + STEPS},
+        }
+    )
+
+
+def cpu_s() -> float:
+    """CPU time so far of this process and of all below it."""
+    total = time.process_time()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def measure(config: Config, store: ShardStore) -> tuple[float, float, float]:
+    """(CPU seconds a sample, wall seconds a sample, seconds from opening to the first batch)."""
+    opened = time.perf_counter()
+    tasks = store.collection.tasks
+    with open_stream(config, [store], tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
+        first_s = begin = cpu = 0.0
+        for batch in stream:
+            if batch.step == 0:
+                first_s = time.perf_counter() - opened
+            if batch.step == WARM_STEPS - 1:
+                begin, cpu = time.perf_counter(), cpu_s()
+        wall, cpu = time.perf_counter() - begin, cpu_s() - cpu
+    return cpu / (STEPS * BATCH), wall / (STEPS * BATCH), first_s
+
+
+def test_rays_own_share(store: ShardStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    inline, _, _ = measure(make_config("inline"), store)
+    _, _, first_s = measure(make_config("ray"), store)  # as in a run: this process reads until Ray has started
+    monkeypatch.setattr(ray_source, "READ_WHILE_STARTING", False)
+    ray, wall, _ = measure(make_config("ray"), store)
+    again, _, _ = measure(make_config("inline"), store)
+    inline = (inline + again) / 2
+    print(
+        f"\n{SIDE}³, CPU ms a sample: inline {inline * 1e3:.1f}, ray {ray * 1e3:.1f} ({ray / inline:.2f}×; wall {wall * 1e3:.1f} ms); "
+        f"first batch with ray after {first_s:.1f} s"
+    )
+    assert first_s <= FIRST_BATCH_S
+    assert ray <= ALLOWED * inline
