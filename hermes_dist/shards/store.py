@@ -19,7 +19,7 @@ import numpy as np
 
 from hermes_dist.errors import CorruptShardError, StoreError, nearest
 from hermes_dist.shards import STORES
-from hermes_dist.shards.blocks import BlockName, BlockTable, Reach, decode_part, plan_parts, trim_parts
+from hermes_dist.shards.blocks import BlockGrid, BlockName, BlockPart, BlockTable, Reach, decode_part, plan_parts, trim_parts
 from hermes_dist.shards.cache import CachedStorage, DiskCache
 from hermes_dist.shards.codec import Scratch
 from hermes_dist.shards.collection import COLLECTION_FILE, Collection, load, open_manifest, recover
@@ -49,7 +49,8 @@ class ReadCounters:
 class _Job(NamedTuple):
     """Fill `out` with the box at `start_vox_zyx` of one array: stored values times `scale` (None = as stored), `pad` outside.
 
-    With `reach`, what it does not touch is `pad` too, and not read.
+    With `reach`, what it does not touch is not read: `pad` in floats, anything in integers. `plans` is shared by jobs of one box,
+    so that it is cut into blocks once.
     """
 
     array: str
@@ -58,6 +59,7 @@ class _Job(NamedTuple):
     scale: np.float32 | None
     pad: float
     reach: Reach | None = None
+    plans: dict[BlockGrid, list[BlockPart]] | None = None
 
 
 class ShardStore:
@@ -113,7 +115,7 @@ class ShardStore:
         Args:
             row: row number or row of the manifest.
             start_vox_zyx, size_vox_zyx: the box.
-            reach: leave out (as air) what it does not touch.
+            reach: leave out what it does not touch: air in a float32 image, unspecified in stored integers and labels.
             stored: the image as it is stored; the row's `image_step` times that are the normalised intensities.
 
         Raises:
@@ -128,9 +130,10 @@ class ShardStore:
         scale = None if stored or case.image_dtype != "int16" else np.float32(case.image_step)
         image = np.empty(tuple(size_vox_zyx), dtype if stored else np.float32)
         label = np.empty(tuple(size_vox_zyx), case.array_type("label")[0])
+        plans: dict[BlockGrid, list[BlockPart]] = {}
         jobs = [
-            _Job("image", start_vox_zyx, image, scale, fill if stored else case.air, reach),
-            _Job("label", start_vox_zyx, label, None, 0, reach),
+            _Job("image", start_vox_zyx, image, scale, fill if stored else case.air, reach, plans),
+            _Job("label", start_vox_zyx, label, None, 0, reach, plans),
         ]
         if isinstance(self._storage, LocalStorage):
             for job in jobs:
@@ -196,14 +199,20 @@ class ShardStore:
         table = self._table(storage, case, job.array)
         low = [min(max(s, 0), side) for s, side in zip(start, case.shape_vox_zyx, strict=True)]
         high = [min(max(s + n, 0), side) for s, n, side in zip(start, out.shape, case.shape_vox_zyx, strict=True)]
-        parts = plan_parts(table.grid, low, high) if all(a < b for a, b in zip(low, high, strict=True)) else []
-        needed = parts if job.reach is None else trim_parts(parts, low, job.reach)
-        present = [part for part in needed if table.lengths[part.number]]
-        if present != parts or not parts or tuple(b - a for a, b in zip(low, high, strict=True)) != out.shape:
+        parts = _parts(table.grid, low, high, job)
+        inside = tuple(slice(a - s, max(b, a) - s) for a, b, s in zip(low, high, start, strict=True))
+        inner = out[inside]
+        if not parts or (job.reach is not None and out.dtype.kind == "f"):
             out.fill(job.pad)
+        else:
+            _fill_around(out, inside, job.pad)
+        present = [part for part in parts if table.lengths[part.number]]
+        if len(present) != len(parts):
+            for part in parts:
+                if not table.lengths[part.number]:
+                    inner[part.target] = job.pad
         numbers = [part.number for part in present]
         ranges = list(zip(table.offsets[numbers].tolist(), table.lengths[numbers].tolist(), strict=True))
-        inner = out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))]
         scratch = self._scratch(table)
         decode_s = 0.0
         for part, view in zip(present, storage.read_ranges(table.path, ranges), strict=True):
@@ -232,6 +241,26 @@ class ShardStore:
         if table.dtype.str not in kept or kept[table.dtype.str].array.size < size:
             kept[table.dtype.str] = Scratch(size, table.dtype)
         return kept[table.dtype.str]
+
+
+def _parts(grid: BlockGrid, low: Sequence[int], high: Sequence[int], job: _Job) -> list[BlockPart]:
+    """The parts of blocks that a job reads."""
+    if job.plans is not None and grid in job.plans:
+        return job.plans[grid]
+    parts = plan_parts(grid, low, high) if all(a < b for a, b in zip(low, high, strict=True)) else []
+    if job.reach is not None:
+        parts = trim_parts(parts, low, job.reach)
+    if job.plans is not None:
+        job.plans[grid] = parts
+    return parts
+
+
+def _fill_around(out: np.ndarray, inside: Sequence[slice], value: float) -> None:
+    """Set what lies outside of the box `inside`; nothing if that is everything."""
+    for axis, part in enumerate(inside):
+        before = tuple(inside[:axis])
+        out[(*before, slice(0, part.start))] = value
+        out[(*before, slice(part.stop, None))] = value
 
 
 def open_store(url: str, cache_dir: str | None = None, cache_mib: int = 0) -> ShardStore:

@@ -41,8 +41,9 @@ from hermes_dist.stream.reader import Reader, Sample
 from hermes_dist.stream.starter import Starter
 from hermes_dist.volume.augment import Draw
 
-ROWS_PER_TASK = 4
-"""Samples per Ray task: four share the cost of scheduling one (about 10 ms of the driver's CPU)."""
+TASK_BYTES = 64 << 20
+MIN_ROWS_PER_TASK, MAX_ROWS_PER_TASK = 4, 16
+"""Samples per Ray task: they share the cost of scheduling one (about 10 ms of the driver's CPU), and are read again together."""
 FIRST_SEGMENT_ROWS = 256
 SEGMENT_ROWS = 2048
 """Samples per pipeline. Starting one costs about a millisecond a task, so that the first one is short."""
@@ -78,6 +79,7 @@ class RaySource:
         self._place = local_place(rank, world_size)
         self._workers = max(config.workers, config.max_workers or 0)
         self._sample_bytes = int(np.prod(reader.patch)) * 6
+        self._task_rows = min(max(TASK_BYTES // self._sample_bytes, MIN_ROWS_PER_TASK), MAX_ROWS_PER_TASK)
         self._kill_dir = tempfile.mkdtemp(prefix="hermes-chaos-") if config.faults.chaos.get("kill") else None
         # One rank speaks for a cluster: the first of the host, or of the run where the cluster is not ours.
         self._speaks = self._place[0] == 0 if config.ray_address == "local" else rank == 0
@@ -99,7 +101,7 @@ class RaySource:
             raise StreamError(f"Ray failed: {error}; see its logs, or set stream.backend=inline") from error
 
     def _from_workers(self) -> Generator[Sample]:
-        early = 4 * ROWS_PER_TASK * self._workers
+        early = 4 * self._task_rows * self._workers
         here: list[int] = []
         if READ_WHILE_STARTING:
             while not self._started.done() and (position := next(self._positions, None)) is not None:
@@ -203,7 +205,7 @@ class RaySource:
         positions = list(islice(self._positions, rows))
         if not positions or self._closed.is_set():
             return None
-        tasks = list(_runs(positions))
+        tasks = list(_runs(positions, self._task_rows))
         context = DataContext.get_current()
         options = context.execution_options
         options.preserve_order = True
@@ -220,7 +222,7 @@ class RaySource:
 
     def _buffer_bytes(self) -> int:
         """What finished samples may take up in the object store, within half of it."""
-        wanted = (self._config.prefetch + 2 * ROWS_PER_TASK * self._workers) * self._sample_bytes
+        wanted = (self._config.prefetch + 2 * self._task_rows * self._workers) * self._sample_bytes
         return min(wanted, (self._config.object_store_mib << 20) // 2)
 
 
@@ -309,11 +311,11 @@ def _reader(ref: Any) -> Reader:
     return _readers[key]
 
 
-def _runs(positions: list[int]) -> Iterator[range]:
-    """Cut positions into runs of consecutive ones, at most ROWS_PER_TASK long."""
+def _runs(positions: list[int], longest: int) -> Iterator[range]:
+    """Cut positions into runs of consecutive ones, at most so long."""
     start = 0
     for i in range(1, len(positions) + 1):
-        if i == len(positions) or i - start == ROWS_PER_TASK or positions[i] != positions[i - 1] + 1:
+        if i == len(positions) or i - start == longest or positions[i] != positions[i - 1] + 1:
             yield range(positions[start], positions[i - 1] + 1)
             start = i
 

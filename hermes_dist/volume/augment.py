@@ -11,6 +11,7 @@ the surroundings of the patch are read instead of being cut off 15 voxels away, 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -179,15 +180,15 @@ def warp(
     origin = np.asarray(patch_start_vox_zyx) + half - affine @ half
     image_out = np.empty(patch_vox_zyx, np.float32)
     label_out = np.empty(patch_vox_zyx, label.dtype)
-    kernels.warp_into(
-        np.ascontiguousarray(image),
-        np.ascontiguousarray(label),
-        affine.astype(np.float32),
-        origin.astype(np.float32),
-        scale,
-        image_out,
-        label_out,
-    )
+    image, label = np.ascontiguousarray(image), np.ascontiguousarray(label)
+    places = label, affine.astype(np.float32), origin.astype(np.float32)
+    if image.dtype == np.int16 and sys.byteorder == "little":
+        head = image.reshape(-1)[:2].view(np.int32)
+        pairs = np.lib.stride_tricks.as_strided(head, (image.size - 1,), (image.itemsize,), writeable=False)
+        kernels.warp_pairs_into(pairs, *places, scale, image_out, label_out)
+    else:
+        scaled = image.astype(np.float32, copy=False) if scale == 1 else np.multiply(image, np.float32(scale), dtype=np.float32)
+        kernels.warp_into(scaled, *places, image_out, label_out)
     return image_out, label_out
 
 

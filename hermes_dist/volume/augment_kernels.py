@@ -27,56 +27,100 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 @njit(cache=True, nogil=True, fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy")
 @no_type_check
-def warp_into(image, label: npt.NDArray[np.integer], affine: F32, origin: F32, scale: float, image_out: F32, label_out):
-    """image_out[o] = scale × trilinear image at `affine @ o + origin`, label_out[o] = nearest label there.
+def _places(affine: F32, origin: F32, shape, z: int, y: int, corner, nearest, weights: F32):
+    """For one row of the result: flat index of the first of eight corners and of the nearest voxel, and weights (3, X) Z Y X.
 
-    Coordinates are clamped to the source, so its outermost voxels continue to infinity. Source sides must be >= 2; the source
-    may be of any number type (interpolated in float32). Row by row, in three loops: places and weights, the eight corners,
-    interpolation. The first and the last become vector instructions, the one between is loads only (twice as fast as one loop).
+    Coordinates are clamped to the source.
     """
-    nz, ny, nx = image.shape
-    source, labels = image.reshape(-1), label.reshape(-1)
-    step_z, step_y, one = np.int32(ny * nx), np.int32(nx), np.uint64(1)
+    nz, ny, nx = shape
+    step_z, step_y = np.int32(ny * nx), np.int32(nx)
+    last_z, last_y, last_x = np.int32(nz - 2), np.int32(ny - 2), np.int32(nx - 2)
     top_z, top_y, top_x = np.float32(nz - 1), np.float32(ny - 1), np.float32(nx - 1)
-    zero, half, factor = np.float32(0.0), np.float32(0.5), np.float32(scale)
+    zero, half = np.float32(0.0), np.float32(0.5)
+    base_z = affine[0, 0] * z + affine[0, 1] * y + origin[0]
+    base_y = affine[1, 0] * z + affine[1, 1] * y + origin[1]
+    base_x = affine[2, 0] * z + affine[2, 1] * y + origin[2]
+    for x in range(corner.size):
+        step = np.float32(x)
+        at_z = min(max(base_z + affine[0, 2] * step, zero), top_z)
+        at_y = min(max(base_y + affine[1, 2] * step, zero), top_y)
+        at_x = min(max(base_x + affine[2, 2] * step, zero), top_x)
+        nearest[x] = np.int32(at_z + half) * step_z + np.int32(at_y + half) * step_y + np.int32(at_x + half)
+        iz, iy, ix = min(np.int32(at_z), last_z), min(np.int32(at_y), last_y), min(np.int32(at_x), last_x)
+        weights[0, x], weights[1, x], weights[2, x] = at_z - np.float32(iz), at_y - np.float32(iy), at_x - np.float32(ix)
+        corner[x] = iz * step_z + iy * step_y + ix
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy")
+@no_type_check
+def warp_into(image: F32, label, affine: F32, origin: F32, image_out: F32, label_out):
+    """image_out[o] = trilinear image at `affine @ o + origin`, label_out[o] = nearest label there. Source sides must be >= 2.
+
+    Coordinates are clamped to the source, so its outermost voxels continue to infinity. Row by row, in three loops: places and
+    weights, corners, interpolation. The first and the last become vector instructions, the one between is loads only.
+    """
+    source, labels = image.reshape(-1), label.reshape(-1)
+    down, deep, one = np.uint64(image.shape[2]), np.uint64(image.shape[1] * image.shape[2]), np.uint64(1)
     width = image_out.shape[2]
     corner, nearest = np.empty(width, np.int32), np.empty(width, np.int32)
-    weight_z, weight_y, weight_x = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
-    values = np.empty((8, width), image.dtype)
+    weights, values = np.empty((3, width), np.float32), np.empty((8, width), np.float32)
     for z in range(image_out.shape[0]):
         for y in range(image_out.shape[1]):
-            base_z = affine[0, 0] * z + affine[0, 1] * y + origin[0]
-            base_y = affine[1, 0] * z + affine[1, 1] * y + origin[1]
-            base_x = affine[2, 0] * z + affine[2, 1] * y + origin[2]
-            for x in range(width):
-                step = np.float32(x)
-                at_z = min(max(base_z + affine[0, 2] * step, zero), top_z)
-                at_y = min(max(base_y + affine[1, 2] * step, zero), top_y)
-                at_x = min(max(base_x + affine[2, 2] * step, zero), top_x)
-                nearest[x] = np.int32(at_z + half) * step_z + np.int32(at_y + half) * step_y + np.int32(at_x + half)
-                iz = min(np.int32(at_z), np.int32(nz - 2))
-                iy = min(np.int32(at_y), np.int32(ny - 2))
-                ix = min(np.int32(at_x), np.int32(nx - 2))
-                weight_z[x], weight_y[x], weight_x[x] = at_z - np.float32(iz), at_y - np.float32(iy), at_x - np.float32(ix)
-                corner[x] = iz * step_z + iy * step_y + ix
+            _places(affine, origin, image.shape, z, y, corner, nearest, weights)
             for x in range(width):
                 a = np.uint64(corner[x])  # unsigned: numba then leaves out the code for negative indices
-                b = a + np.uint64(step_y)
-                c, d = a + np.uint64(step_z), b + np.uint64(step_z)
+                b, c, d = a + down, a + deep, a + deep + down
                 values[0, x], values[1, x], values[2, x], values[3, x] = source[a], source[a + one], source[b], source[b + one]
                 values[4, x], values[5, x], values[6, x], values[7, x] = source[c], source[c + one], source[d], source[d + one]
                 label_out[z, y, x] = labels[np.uint64(nearest[x])]
             for x in range(width):
-                fx = weight_x[x]
-                p, q = np.float32(values[0, x]), np.float32(values[2, x])
-                p += fx * (np.float32(values[1, x]) - p)
-                q += fx * (np.float32(values[3, x]) - q)
-                p += weight_y[x] * (q - p)
-                r, q = np.float32(values[4, x]), np.float32(values[6, x])
-                r += fx * (np.float32(values[5, x]) - r)
-                q += fx * (np.float32(values[7, x]) - q)
-                r += weight_y[x] * (q - r)
-                image_out[z, y, x] = (p + weight_z[x] * (r - p)) * factor
+                fz, fy, fx = weights[0, x], weights[1, x], weights[2, x]
+                p = values[0, x] + fx * (values[1, x] - values[0, x])
+                q = values[2, x] + fx * (values[3, x] - values[2, x])
+                r = values[4, x] + fx * (values[5, x] - values[4, x])
+                s = values[6, x] + fx * (values[7, x] - values[6, x])
+                p += fy * (q - p)
+                r += fy * (s - r)
+                image_out[z, y, x] = p + fz * (r - p)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract", "nsz", "nnan", "ninf"}, error_model="numpy")
+@no_type_check
+def warp_pairs_into(pairs, label, affine: F32, origin: F32, scale: float, image_out: F32, label_out):
+    """`warp_into` for an int16 source, times `scale`: half the bytes, and half the loads.
+
+    `pairs[i]` holds voxels i (low half) and i + 1 of the flat source: an int32 view with steps of two bytes.
+    """
+    labels, factor, half_word = label.reshape(-1), np.float32(scale), np.int32(16)
+    down, deep = np.uint64(label.shape[2]), np.uint64(label.shape[1] * label.shape[2])
+    width = image_out.shape[2]
+    corner, nearest = np.empty(width, np.int32), np.empty(width, np.int32)
+    weights, values = np.empty((3, width), np.float32), np.empty((4, width), np.int32)
+    for z in range(image_out.shape[0]):
+        for y in range(image_out.shape[1]):
+            _places(affine, origin, label.shape, z, y, corner, nearest, weights)
+            for x in range(width):
+                a = np.uint64(corner[x])
+                values[0, x], values[1, x], values[2, x], values[3, x] = (
+                    pairs[a],
+                    pairs[a + down],
+                    pairs[a + deep],
+                    pairs[a + deep + down],
+                )
+                label_out[z, y, x] = labels[np.uint64(nearest[x])]
+            for x in range(width):
+                fz, fy, fx = weights[0, x], weights[1, x], weights[2, x]
+                v, w = values[0, x], values[1, x]
+                p, q = np.float32(np.int32(v << half_word) >> half_word), np.float32(np.int32(w << half_word) >> half_word)
+                p += fx * (np.float32(v >> half_word) - p)
+                q += fx * (np.float32(w >> half_word) - q)
+                p += fy * (q - p)
+                v, w = values[2, x], values[3, x]
+                r, q = np.float32(np.int32(v << half_word) >> half_word), np.float32(np.int32(w << half_word) >> half_word)
+                r += fx * (np.float32(v >> half_word) - r)
+                q += fx * (np.float32(w >> half_word) - q)
+                r += fy * (q - r)
+                image_out[z, y, x] = (p + fz * (r - p)) * factor
 
 
 @njit(cache=True, nogil=True, fastmath=True, error_model="numpy")

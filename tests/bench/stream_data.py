@@ -16,7 +16,7 @@ from hermes_dist.volume.preprocess import Preprocessing
 SIDES = {"small": (128, 160, 160), "large": (232, 232, 232)}
 """3.3 and 12.5 million voxels."""
 CLASSES = 4
-CASES = 6
+CASES = 3
 
 
 def scan(number: int, sides: tuple[int, int, int], classes: int = CLASSES) -> tuple[np.ndarray, np.ndarray]:
