@@ -55,7 +55,8 @@ def main() -> int:
         sweep = with_overrides(read_sweep(find_config(args.config, CONFIGS / "sweeps")), args.overrides)
         chosen = everyone = members(sweep, CONFIGS)
         if args.list:
-            return print("\n".join(f"{m.index:>4}  {m.name}" for m in everyone)) or 0
+            print("\n".join(f"{m.index:>4}  {m.name}" for m in everyone))
+            return 0
         if args.member is not None:
             if not 0 <= args.member < len(everyone):
                 raise ConfigError(f"--member {args.member}: the sweep has members 0 to {len(everyone) - 1}")

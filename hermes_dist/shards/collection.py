@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,10 +135,15 @@ def recover(storage: Storage) -> None:
 def object_crc32c(storage: Storage, path: str, n_bytes: int) -> int:
     """Checksum of a whole object, read in pieces."""
     checksum = 0
-    for start in range(0, n_bytes, PIECE_BYTES):
-        for view in storage.read_ranges(path, [(start, min(PIECE_BYTES, n_bytes - start))]):
-            checksum = crc32c(view, checksum)
+    for piece in _pieces(storage, path, n_bytes):
+        checksum = crc32c(piece, checksum)
     return checksum
+
+
+def _pieces(storage: Storage, path: str, n_bytes: int) -> Iterator[memoryview]:
+    """A whole object, some megabytes at a time; a piece is valid until the next one is asked for."""
+    for start in range(0, n_bytes, PIECE_BYTES):
+        yield from storage.read_ranges(path, [(start, min(PIECE_BYTES, n_bytes - start))])
 
 
 def open_manifest(storage: Storage, collection: Collection) -> Manifest:
@@ -160,10 +165,9 @@ def open_manifest(storage: Storage, collection: Collection) -> Manifest:
         return Manifest(str(Path(storage.url, MANIFEST_FILE)), name, datasets)
     with tempfile.NamedTemporaryFile(prefix="manifest.", suffix=".parquet") as copy:  # a million rows would fill the memory
         checksum = 0
-        for start in range(0, collection.manifest_bytes, PIECE_BYTES):
-            for piece in storage.read_ranges(MANIFEST_FILE, [(start, min(PIECE_BYTES, collection.manifest_bytes - start))]):
-                checksum = crc32c(piece, checksum)
-                copy.write(piece)
+        for piece in _pieces(storage, MANIFEST_FILE, collection.manifest_bytes):
+            checksum = crc32c(piece, checksum)
+            copy.write(piece)
         copy.flush()
         if storage.size(MANIFEST_FILE) != collection.manifest_bytes or checksum != collection.manifest_crc32c:
             raise CorruptShardError(f"{name} does not match collection.json (size or checksum); run `hermes-shard merge`")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -20,6 +19,7 @@ from hermes_dist.shards.store import create_store, open_store
 from hermes_dist.tasks import TaskTable
 from hermes_dist.volume.preprocess import Preprocessing
 from tests.faults.range_server import RangeServer
+from tests.servers import serve
 
 pytestmark = pytest.mark.faults
 TASKS = TaskTable.build([("ct", "CT", "trunk", [("liver", [1])], None)])
@@ -37,12 +37,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RangeServ
         label[10:20, 5:30, 20:40] = 1
         writer.write_case(CaseRecord("ct", f"c{i}", "CT", "train", (1.5, 1.5, 1.5), "{}", f"h{i}"), image, label)
     writer.finish()
-    served = RangeServer(root)
-    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    yield served
-    served.shutdown()
-    served.server_close()
+    with serve(root) as served:
+        yield served
 
 
 @pytest.fixture
