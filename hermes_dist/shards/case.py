@@ -152,7 +152,8 @@ def _plane_counts(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _mean_std(image: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation in float64, plane by plane (numpy's own would make a whole copy in float64)."""
     mean = float(image.mean(dtype=np.float64))
-    return mean, float(np.sqrt(sum(float(np.square(plane - mean).sum()) for plane in image) / image.size))
+    squares = sum(float(np.square(np.subtract(plane, mean, dtype=np.float64)).sum()) for plane in image)
+    return mean, float(np.sqrt(squares / image.size))
 
 
 def make_entry(record: CaseRecord, case: CaseArrays, tasks: DatasetTasks, uri: str, files: StoredFiles) -> ManifestEntry:
