@@ -41,8 +41,9 @@ class RunConfig(Section):
 class MixtureConfig(Section):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Share of a dataset ∝ (cases)^alpha: 1 = every case equally often, 0 = every dataset equally often."""
-    weights: dict[str, float] | None = None
-    """Explicit relative share per dataset name (replaces alpha; a dataset that is not named gets none)."""
+    weights: dict[str, float] | Literal["hermes"] | None = None
+    """Explicit relative share per dataset name (replaces alpha; a dataset that is not named gets none); `hermes` = the
+    published weights per volume, times the volumes that each dataset has here."""
     block: int = Field(default=256, ge=1)
     """Positions per block; within each block the shares are met exactly (by largest remainder)."""
 

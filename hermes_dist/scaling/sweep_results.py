@@ -106,7 +106,7 @@ def _scores(member: Member, sweep: SweepConfig) -> dict[str, Any]:
     scores = {
         entry["dataset"]: entry["dice"]
         for entry in result.get("per_dataset", ())
-        if entry.get("dice") is not None and (weights is None or weights.get(entry["dataset"], 0) > 0)
+        if entry.get("dice") is not None and (not isinstance(weights, dict) or weights.get(entry["dataset"], 0) > 0)
     }
     return {"dice": _mean(list(scores.values())), "dice_by_dataset": scores}
 

@@ -30,6 +30,8 @@ HERMES_WEIGHTS: dict[str, float] = {
     "lits": 0.3,
     "structseg_oar": 0.7,
     "chaos": 0.5,
+    "chaos_t1": 0.5,  # `chaos` there is two datasets in our recipe
+    "chaos_t2": 0.5,
 }
 """Weight of each *volume* by dataset in the released code of Hermes; a dataset's share is ∝ weight × volumes."""
 
@@ -41,15 +43,16 @@ def shares(names: Sequence[str], case_counts: Sequence[int], config: MixtureConf
         names: datasets that have cases in the split (a dataset of several stores counts once).
         case_counts: cases of each, all >= 1.
         config: temperature (share ∝ cases^alpha: 1 as nnU-Net on pooled data, ½ as MultiTalent, 0 as CLIP-Driven and
-            UniSeg), or explicit weights.
+            UniSeg), explicit weights, or the published ones.
 
     Raises:
-        ConfigError: a weight for an unknown dataset, a negative weight, or no weight at all.
+        ConfigError: a weight for an unknown dataset, a negative weight, no weight at all, or a dataset without a published one.
     """
     if config.weights is None:
         raw = np.asarray(case_counts, np.float64) ** config.alpha
         return raw / raw.sum()
-    for name, weight in config.weights.items():
+    weights = volume_weights(names, case_counts) if config.weights == "hermes" else config.weights
+    for name, weight in weights.items():
         if name not in names:
             raise ConfigError(
                 f"data.mixture.weights names {name!r}, which has no case here; datasets: {', '.join(names)}."
@@ -57,7 +60,7 @@ def shares(names: Sequence[str], case_counts: Sequence[int], config: MixtureConf
             )
         if not 0 <= weight < float("inf"):
             raise ConfigError(f"data.mixture.weights[{name!r}] = {weight}: expected a finite number >= 0")
-    raw = np.asarray([config.weights.get(name, 0.0) for name in names], np.float64)
+    raw = np.asarray([weights.get(name, 0.0) for name in names], np.float64)
     if raw.sum() <= 0:
         raise ConfigError("data.mixture.weights are all 0: give at least one dataset a positive weight")
     return raw / raw.sum()
@@ -66,7 +69,7 @@ def shares(names: Sequence[str], case_counts: Sequence[int], config: MixtureConf
 def volume_weights(
     names: Sequence[str], case_counts: Sequence[int], per_volume: Mapping[str, float] = HERMES_WEIGHTS
 ) -> dict[str, float]:
-    """`data.mixture.weights` for a mixture that is stated per volume, as Hermes' is: weight × volumes for each dataset.
+    """Weights of a mixture that is stated per volume, as Hermes' is: weight × volumes for each dataset.
 
     Raises:
         ConfigError: a dataset that the table does not list.
@@ -74,7 +77,8 @@ def volume_weights(
     for name in names:
         if name not in per_volume:
             raise ConfigError(
-                f"no published weight for dataset {name!r}; known: {', '.join(per_volume)}.{nearest(name, list(per_volume))}"
+                f"no published weight for dataset {name!r} (data.mixture.weights); known: {', '.join(per_volume)}."
+                f"{nearest(name, list(per_volume))}"
             )
     return {name: per_volume[name] * count for name, count in zip(names, case_counts, strict=True)}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from hermes_dist.config import MixtureConfig
 from hermes_dist.errors import ConfigError
-from hermes_dist.stream.mixture import apportion, period_of, shares, volume_weights
+from hermes_dist.stream.mixture import HERMES_WEIGHTS, apportion, period_of, shares, volume_weights
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ def test_wrong_weights_are_named() -> None:
     with pytest.raises(ConfigError, match="finite"):
         shares(["liver"], [1], MixtureConfig(weights={"liver": -1}))
     with pytest.raises(ConfigError, match=r"no published weight.*'kits'"):
-        volume_weights(["kit"], [3])
+        shares(["kit"], [3], MixtureConfig(weights="hermes"))
 
 
 def test_published_weights_of_hermes() -> None:
@@ -39,9 +42,15 @@ def test_published_weights_of_hermes() -> None:
         "amos_ct": 195, "structseg_head_oar": 39, "mnm": 286, "autopet": 705, "amos_mr": 38, "brain_structure": 124,
         "kits": 159, "bcv": 23, "lits": 99, "structseg_oar": 38, "chaos": 45,
     }  # fmt: skip
-    weights = volume_weights(list(volumes), list(volumes.values()))
-    percent = 100 * shares(list(volumes), list(volumes.values()), MixtureConfig(weights=weights))
+    percent = 100 * shares(list(volumes), list(volumes.values()), MixtureConfig(weights="hermes"))
     np.testing.assert_allclose(percent, [39.9, 11.5, 9.8, 8.0, 6.9, 5.6, 5.4, 3.9, 3.4, 3.0, 2.6], atol=0.06)
+
+
+def test_the_recipe_of_the_paper_knows_every_published_weight() -> None:
+    recipe = json.loads((Path(__file__).parents[2] / "configs/collections/hermes_upstream.json").read_text())
+    names = [entry["name"] for entry in recipe["datasets"]]
+    weights = volume_weights(names, [1] * len(names))
+    assert set(HERMES_WEIGHTS) - {"chaos"} == set(weights)
 
 
 @settings(max_examples=80, deadline=None)
