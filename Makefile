@@ -20,11 +20,10 @@ setup: .venv/.ready
 demo: setup
 	$(PY) launch/demo.py --seed $(SEED) $(if $(DATA),--data $(DATA))
 
-# Four commands: the fast part on two cores, launchers and ranks, injected faults, and Ray alone in a process of its own.
+# Three commands: the fast part; launchers, ranks and injected faults; Ray alone, in a process of its own. Two files at a time.
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile -m "not bench and not gpu and not multiproc and not faults and not slow"
-	$(PY) -m pytest -m "(multiproc or slow) and not faults and not bench and not gpu" --ignore tests/multiproc/test_stream_ray.py
-	$(PY) -m pytest -m "faults and not bench and not gpu" --ignore tests/multiproc/test_stream_ray.py
+	$(PY) -m pytest -n 2 --dist loadfile -m "(multiproc or slow or faults) and not bench and not gpu" --ignore tests/multiproc/test_stream_ray.py
 	$(PY) -m pytest tests/multiproc/test_stream_ray.py
 
 check: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gdcm
 import numpy as np
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -35,6 +36,22 @@ def write_series(folder, volume, spacing=(3.0, 0.8, 0.9), orientation=(1, 0, 0, 
         data.save_as(folder / f"{(k * order) % 1000:04d}.dcm", enforce_file_format=True)
         slices.append(data)
     return slices
+
+
+def compress(path, transfer_syntax):
+    """Rewrite a file with its pixels in another transfer syntax."""
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(str(transfer_syntax))))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFileName(str(path))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
 
 
 def write_chaos(root, seed=0):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
 from pydicom.sr.codedict import codes
-from pydicom.uid import generate_uid
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, generate_uid
 
 from data_tools.collection import collection_of_sources
 from data_tools.convert import check
 from hermes_dist.errors import HermesError
-from tests.data_tools.dicom_files import write_chaos, write_series
+from tests.data_tools.dicom_files import compress, write_chaos, write_series
 
 
 def nnunet(root, raw):
@@ -76,7 +76,9 @@ def dicom(root, raw):
         software_versions="1", device_serial_number="1",
     )  # fmt: skip
     seg.save_as(root / "p1" / "seg.dcm")
-    return ["p1/seg.dcm", "p1/0000.dcm"]
+    for name, syntax in (("0999.dcm", JPEGLosslessSV1), ("0998.dcm", JPEG2000Lossless)):
+        compress(root / "p1" / name, syntax)
+    return ["p1/seg.dcm", "p1/0000.dcm", "p1/0999.dcm", "p1/0998.dcm"]
 
 
 def chaos(root, raw):

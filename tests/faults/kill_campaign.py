@@ -14,7 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import deepspeed  # noqa: F401 - imported before forking, for speed
+# What a rank would import in its first seconds, before forking: an attempt then takes tenths of a second.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import torch._dynamo  # noqa: F401
 
 from tests.multiproc.ranks import free_port
 from tests.multiproc.train_worker import train

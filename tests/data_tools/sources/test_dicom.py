@@ -8,13 +8,13 @@ import pydicom
 import pytest
 from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
 from pydicom.sr.codedict import codes
-from pydicom.uid import generate_uid
+from pydicom.uid import JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_uid
 
 from data_tools.findings import RejectedError
 from data_tools.sources import SOURCES
 from data_tools.sources.contours import fill_even_odd
 from data_tools.sources.series import holds_series, read_series
-from tests.data_tools.dicom_files import write_series
+from tests.data_tools.dicom_files import compress, write_series
 
 
 def toy(shape=(6, 20, 24)):
@@ -31,6 +31,27 @@ def test_series_are_stacked_by_position_in_ras(tmp_path):
     assert read.grid.spacing_mm_zyx == pytest.approx((3.0, 0.8, 0.9))
     np.testing.assert_allclose(read.grid.affine[:3, 3], [20, 30, 10])
     np.testing.assert_allclose(np.diag(read.grid.affine)[:3], [-0.9, -0.8, 3.0])
+
+
+@pytest.mark.parametrize("syntax", [JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, RLELossless])
+def test_compressed_slices_are_read(tmp_path, syntax):
+    volume = toy()
+    write_series(tmp_path / "p1", volume)
+    for path in (tmp_path / "p1").iterdir():
+        compress(path, syntax)
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == syntax
+    np.testing.assert_array_equal(read_series(tmp_path / "p1").array, volume)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEG2000Lossless])
+def test_damaged_compressed_pixels_are_rejected(tmp_path, syntax):
+    write_series(tmp_path / "p1", toy())
+    path = tmp_path / "p1" / "0000.dcm"
+    compress(path, syntax)
+    data = path.read_bytes()
+    path.write_bytes(data[:-200] + bytes(200))
+    with pytest.raises(RejectedError):
+        read_series(tmp_path / "p1")
 
 
 def test_a_missing_slice_is_rejected(tmp_path):
