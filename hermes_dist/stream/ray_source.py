@@ -49,7 +49,7 @@ SEGMENT_ROWS = 2048
 """Samples per pipeline. Starting one costs about a millisecond a task, so that the first one is short."""
 
 CLOSE_LIMIT_S = 60.0
-HUNGRY_PAUSE_S, SATED_PAUSE_S = 0.002, 0.03
+HUNGRY_PAUSE_S, SATED_PAUSE_S = 0.01, 0.03
 
 READ_WHILE_STARTING = True
 """Read in the training process until Ray has started (tests switch it off)."""
@@ -206,11 +206,12 @@ class RaySource:
         if not positions or self._closed.is_set():
             return None
         tasks = list(_runs(positions, self._task_rows))
-        context = DataContext.get_current()
+        context: Any = DataContext.get_current()
         options = context.execution_options
         options.preserve_order = True
         options.resource_limits = options.resource_limits.copy(object_store_memory=self._buffer_bytes())
         context.target_max_block_size = 1  # every sample is a block of its own
+        context._max_num_blocks_in_streaming_gen_buffer = self._ahead()  # Ray has no public name for it
         context.custom_execution_callback_classes = [Pace]
         dataset = read_datasource(
             PlanSource(self._reader_ref, tasks, self._sample_bytes),
@@ -221,9 +222,16 @@ class RaySource:
         return Pipeline(len(positions), dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
 
     def _buffer_bytes(self) -> int:
-        """What finished samples may take up in the object store, within half of it."""
+        """What finished samples may take up in the object store, within this rank's part of half of it."""
         wanted = (self._config.prefetch + 2 * self._task_rows * self._workers) * self._sample_bytes
-        return min(wanted, (self._config.object_store_mib << 20) // 2)
+        return min(wanted, (self._config.object_store_mib << 20) // (2 * self._place[1]))
+
+    def _ahead(self) -> int:
+        """Samples that a worker may finish before the scheduling loop has taken the first: a task's, within half of the buffer.
+
+        Ray's own two let a worker idle through most of each rest of the loop (`Pace`).
+        """
+        return min(max(self._buffer_bytes() // (2 * self._workers * self._sample_bytes), 2), self._task_rows)
 
 
 class Pipeline:

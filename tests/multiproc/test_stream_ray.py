@@ -46,6 +46,34 @@ if __name__ == "__main__":
 """
 
 
+STORE_PROGRAM = """
+import json, sys, time
+from pathlib import Path
+import ray
+from hermes_dist.config import validate
+from hermes_dist.shards.store import open_store
+from hermes_dist.stream import ray_source
+from hermes_dist.stream.loader import open_stream
+from hermes_dist.stream.ray_gauges import ask
+
+ray_source.READ_WHILE_STARTING = False
+if __name__ == "__main__":
+    config, store, used, limit = validate(json.loads(sys.argv[1])), open_store(sys.argv[2]), [], 0.0
+    tasks = store.collection.tasks
+    with open_stream(config, [store], tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
+        for batch in stream:
+            time.sleep(0.2)  # slower than the workers: whatever may pile up does
+            if not ray.is_initialized():
+                continue
+            seen = ask()
+            used.append(seen["hermes_object_store_used_bytes"])
+            limit = seen["hermes_object_store_limit_bytes"]
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        spilled = [str(p) for p in session.rglob("ray_spilled_objects*/*")]
+    print(json.dumps({"used": used, "limit": limit, "spilled": spilled}), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folder of the collection per format."""
@@ -117,6 +145,20 @@ def test_training_does_not_wait_for_ray_to_start(cluster: None, stores: dict[str
     inline = make_config(train__max_steps=12)
     bridged = make_config(train__max_steps=12, stream__backend="ray", stream__faults={"chaos": {"slow_s": 0.05}})
     assert real_samples(steps(bridged, stores["zarr"])) == real_samples(steps(inline, stores["zarr"]))
+
+
+def test_the_object_store_stays_within_its_limit(tmp_path: Path, stores: dict[str, Path]) -> None:
+    """A consumer that is slower than its workers, samples of 5.3 MB, a store of 100 MiB: it is not filled, nothing is spilled."""
+    program = tmp_path / "rank.py"
+    program.write_text(STORE_PROGRAM)
+    data = config_data(stream__backend="ray", stream__workers=2, data__patch_vox_zyx=(96, 96, 96), train__max_steps=20)
+    (process,) = run_ranks(program, data, stores["zarr"], world=1)
+    seen = json.loads(process.communicate(timeout=200)[0].splitlines()[-1])
+    assert process.returncode == 0
+    assert seen["limit"] == 100 << 20
+    assert max(seen["used"]) > 5_000_000  # samples did wait there
+    assert max(seen["used"]) <= 0.75 * seen["limit"]  # half for what is finished, and what the workers are about to finish
+    assert not seen["spilled"]
 
 
 def test_ranks_share_a_cluster_and_leave_nothing(program: Path, stores: dict[str, Path]) -> None:
