@@ -79,10 +79,13 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
         compile_blocks(model)
     engine = Engine(model, config, runtime)
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, runtime)
-    state = _restore(checkpointer.load(engine, config.run.resume), fresh, config)
+    saved = checkpointer.load(engine, config.run.resume)
+    state = _restore(saved, fresh, config)
     telemetry = Telemetry(config.run_dir, config.monitor, runtime.rank, runtime.world_size, config.run.name)
     telemetry.resume(state.step)
     telemetry.declare(tasks)
+    if saved is not None and saved["collection_digest"] != state.collection_digest:
+        _note_changed_collection(saved["collection_digest"], state, runtime, telemetry)
     used = Utilisation(config, tasks, torch.cuda.get_device_name() if runtime.device.type == "cuda" else None)
     telemetry.extend(used)
     if used.peak:
@@ -175,6 +178,14 @@ def _name_suspects(batch: StepBatch, stats: StepStats, runtime: Runtime, telemet
     )
 
 
+def _note_changed_collection(before: str, state: TrainState, runtime: Runtime, telemetry: Telemetry) -> None:
+    """Say that the run goes on with other data, which was allowed, on the terminal and in stream.jsonl of rank 0."""
+    runtime.say(f"goes on with a changed collection ({before[:8]} → {state.collection_digest[:8]}) from step {state.step}")
+    if runtime.rank == 0:
+        change = {"from": before, "to": state.collection_digest}
+        telemetry.event({"kind": "changed_collection", "step": state.step, **change})
+
+
 def _is_best(dice: float | None, state: TrainState, runtime: Runtime) -> bool:
     """Whether rank 0's `dice` is the best so far: the same answer on every rank."""
     seen = float(runtime.sum(torch.tensor([dice if dice is not None else 0.0], dtype=torch.float64))[0])
@@ -214,7 +225,7 @@ def _restore(saved: dict[str, Any] | None, fresh: TrainState, config: Config) ->
         raise CheckpointError(
             f"{config.run_dir}: the stores' content changed since the checkpoint ({state.collection_digest[:8]} → "
             f"{fresh.collection_digest[:8]}), so the order of samples would change; "
-            "restore the stores, or accept it with data.allow_changed_collection=true (it is recorded)"
+            "restore the stores, or accept it with data.allow_changed_collection=true (recorded in stream.jsonl)"
         )
     if state.seed != fresh.seed:
         raise CheckpointError(

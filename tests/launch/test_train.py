@@ -109,6 +109,24 @@ def test_resume_goes_on_bitwise_from_the_newest_checkpoint(store, one_process, t
         assert [r[key] for r in after] == [r[key] for r in before], key
 
 
+def test_another_collection_is_refused_or_its_use_recorded(store, one_process, tmp_path):
+    shutil.copytree(one_process / "one", tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / f"step_{STEPS:08d}")
+    collection = read_collection_file(write_phantoms(tmp_path / "raw", seed=4, cases=3))
+    convert(collection, str(tmp_path / "other"), Settings(workers=0), say=lambda _: None)
+    changed = overrides(tmp_path / "other", tmp_path, "one", "stream.backend=inline")
+    refused = plain(*changed)
+    assert refused.returncode == 1
+    assert "data.allow_changed_collection=true" in refused.stderr
+    done = plain(*changed, "data.allow_changed_collection=true")
+    assert done.returncode == 0, done.stderr
+    assert "goes on with a changed collection" in done.stderr
+    events = [json.loads(line) for line in (tmp_path / "one" / "stream.jsonl").read_text().splitlines()]
+    (change,) = [e for e in events if e["kind"] == "changed_collection"]
+    assert change["step"] == 2
+    assert change["from"] != change["to"]
+
+
 def test_the_run_directory_is_complete(one_process):
     run = one_process / "one"
     for name in ("config.json", "environment.json", "tasks.json", "preprocessing.json", "metrics.jsonl", "checkpoints/latest"):

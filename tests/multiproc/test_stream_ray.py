@@ -84,7 +84,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def cluster() -> Iterator[None]:
     """One small cluster that the tests of this file share where they need none of their own."""
     quiet_ray()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     yield
     ray.shutdown()
 
@@ -123,7 +123,7 @@ def program(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("form", "workers", "micro", "where"),
-    [("zarr", 1, 2, "worker"), ("webdataset", 2, 3, "worker"), ("zarr", 2, 1, "device")],
+    [("zarr", 1, 2, "worker"), ("webdataset", 4, 3, "worker"), ("zarr", 3, 1, "device")],
 )
 def test_ray_and_inline_give_the_same_bits(
     form: str, workers: int, micro: int, where: str, cluster: None, stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
