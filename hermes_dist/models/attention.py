@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 AttentionKind = Literal["fused", "reference"]
 HEAD_WIDTH = 32
@@ -97,8 +99,13 @@ class FusionBlock(nn.Module):
         tokens = tokens + self.tokens_mlp(tokens)
         if self.features_read is not None and self.features_mlp is not None:
             features = features + self.features_read(features, tokens, keep)
-            features = features + self.features_mlp(features)
+            features = features + _redone(self.features_mlp, features)
         return features, tokens
+
+
+def _redone(mlp: FeedForward, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
+    """The MLP of a map: nine times the map's channels, which the backward pass makes again instead of keeping them."""
+    return checkpoint(mlp, x, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else mlp(x)
 
 
 class FusionLayer(nn.Module):

@@ -48,9 +48,10 @@ def normalise(x: Float[Tensor, "B N C"], eps: float) -> tuple[Float[Tensor, "B N
     return centred.mul_(invstd), Statistics(mean, invstd)
 
 
-def normalise_again(x: Float[Tensor, "B N C"], stats: Statistics) -> Float[Tensor, "B N C"]:
-    """The result of `normalise` from its statistics (equal to rounding), in one pass over x."""
-    return torch.addcmul(-stats.mean * stats.invstd, x, stats.invstd)
+def normalise_again(x: Float[Tensor, "B N C"], stats: Statistics, *, overwrite: bool = False) -> Float[Tensor, "B N C"]:
+    """The result of `normalise` from its statistics (equal to rounding), in one pass over x; written over x if it may be."""
+    over = x if overwrite and x.dtype == stats.mean.dtype else None
+    return torch.addcmul(-stats.mean * stats.invstd, x, stats.invstd, out=over)
 
 
 def column_dot(x: Float[Tensor, "B N C"], y: Float[Tensor, "B N C"]) -> Float[Tensor, "B 1 C"]:
@@ -60,15 +61,17 @@ def column_dot(x: Float[Tensor, "B N C"], y: Float[Tensor, "B N C"]) -> Float[Te
     return pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0)
 
 
-def nr_backward(g: Float[Tensor, "B N C"], x: Float[Tensor, "B N C"], stats: Statistics) -> Float[Tensor, "B N C"]:
+def nr_backward(
+    g: Float[Tensor, "B N C"], x: Float[Tensor, "B N C"], stats: Statistics, *, overwrite: bool = False
+) -> Float[Tensor, "B N C"]:
     """Gradient of ReLU(InstanceNorm(x)) with respect to x.
 
     Args:
         g: gradient of the result; overwritten.
-        x: the input.
+        x: the input; may be overwritten if `overwrite`.
         stats: its statistics.
     """
-    normed = normalise_again(x, stats)
+    normed = normalise_again(x, stats, overwrite=overwrite)
     g = _aten.threshold_backward.grad_input(g, normed, 0, grad_input=g)
     return normalise_backward(g, normed, stats)
 

@@ -6,8 +6,8 @@ parameterless norm). Here the backward pass redoes nr from the saved statistics 
 input and the result of conv1 only; with `recompute` also the latter goes, at the price of one more convolution.
 
 The input may come in two parts, a skip and a low-resolution map that is upsampled to the skip's grid. Norm works per channel and
-convolution is linear, so both parts are treated one after the other: the concatenation is never built, and the upsampled map is
-redone in the backward pass.
+convolution is linear, so both parts are treated one after the other, a wide low-resolution map in pieces as wide as the output:
+the concatenation is never built, few upsampled channels exist at a time, and the backward pass makes them again.
 
 Activations are channels-last (the CPU and tensor-core kernels want that); weights and their gradients stay contiguous, because
 DeepSpeed flattens them.
@@ -34,10 +34,11 @@ Triple = tuple[int, int, int]
 
 
 class _Part(NamedTuple):
-    """One part of a block's input: a map, and the grid to which it is upsampled (None: it has that grid already)."""
+    """Channels of a block's input: a map, the grid to which it is upsampled (None: it has that grid already), and whose it is."""
 
     values: Tensor
     upsample_to: Triple | None
+    source: int = 0
 
 
 def upsample(x: Float[Tensor, "B C z y x"], grid_vox_zyx: Sequence[int]) -> Float[Tensor, "B C Z Y X"]:
@@ -83,20 +84,21 @@ def _conv_unit_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the full map and of the weight for conv(nr(map)), each where wanted.
 
-    Keeps few maps at a time: the map is made twice where it is upsampled, and nr is redone twice.
+    Keeps few maps at a time: the map is made twice where it is upsampled, and nr is redone twice, over the map where it is ours.
     """
-    a = _redo_nr(_full_map(part), stats, g.dtype)
+    ours = part.upsample_to is not None
+    a = _redo_nr(_full_map(part), stats, g.dtype, overwrite=ours)
     ga, gw = conv_backward(g, a, weight, want)
     del a
     if ga is None:
         return None, gw
     x = _full_map(part)
-    gx = nr_backward(rows_of(channels_last(ga)), rows_of(x), stats)
+    gx = nr_backward(rows_of(channels_last(ga)), rows_of(x), stats, overwrite=ours)
     return map_of(gx.to(x.dtype), x), gw
 
 
-def _redo_nr(x: Tensor, stats: Statistics, dtype: torch.dtype) -> Tensor:
-    return map_of(normalise_again(rows_of(x), stats).relu_().to(dtype), x)
+def _redo_nr(x: Tensor, stats: Statistics, dtype: torch.dtype, *, overwrite: bool) -> Tensor:
+    return map_of(normalise_again(rows_of(x), stats, overwrite=overwrite).relu_().to(dtype), x)
 
 
 def _part_backward(
@@ -118,7 +120,7 @@ class _ResidualBlock(Function):
         assert w1 is not None
         assert w2 is not None
         dtype = _compute_dtype(values[0])
-        parts = _parts(values)
+        parts = _parts(values, len(w1))
         with torch.autocast(values[0].device.type, enabled=False):
             firsts, statistics = _first_half(parts, [w1] if shortcut is None else [w1, shortcut], dtype)
             h = firsts[0]
@@ -137,7 +139,7 @@ class _ResidualBlock(Function):
         saved = ctx.saved_tensors
         values, (w1, w2, shortcut, h), flat = saved[:n], saved[n : n + 4], saved[n + 4 :]
         statistics = [Statistics(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
-        parts = _parts(values)
+        parts = _parts(values, len(w1))
         wants = ctx.needs_input_grad[2:]
         with torch.autocast(g.device.type, enabled=False):
             g = channels_last(g.to(ctx.dtype))
@@ -150,27 +152,40 @@ class _ResidualBlock(Function):
             both, g_both = (w1, gh) if shortcut is None else (torch.cat([w1, shortcut]), torch.cat([gh, g], dim=1))
             del gh
             want_weights = wants[n] or wants[n + 2]
-            gxs: list[Tensor | None] = [None] * n
-            pieces: list[Tensor | None] = [None] * n
+            gxs: list[list[Tensor | None]] = [[] for _ in values]
+            pieces: list[Tensor | None] = []
             stop = w1.shape[1]
             # The upsampled maps first: they need the most memory, and then the first part's gradient does not exist yet.
-            for i in reversed(range(n)):
-                start = stop - parts[i].values.shape[1]
-                want = wants[i], want_weights
-                gxs[i], pieces[i] = _part_backward(parts[i], statistics[i], both[:, start:stop], g_both, want)
+            for part, stats in zip(reversed(parts), reversed(statistics[:-1]), strict=True):
+                start = stop - part.values.shape[1]
+                want = wants[part.source], want_weights
+                gx, piece = _part_backward(part, stats, both[:, start:stop], g_both, want)
+                gxs[part.source].insert(0, gx)
+                pieces.insert(0, piece)
                 stop = start
-            if shortcut is None and gxs[0] is not None:
-                gxs[0] = gxs[0].add_(g)
+            whole = [_along_channels(found) for found in gxs]
+            if shortcut is None and whole[0] is not None:
+                whole[0] = whole[0].add_(g)
         outputs = w1.shape[0]
         gw1 = _join(pieces, w1, slice(None, outputs))
         gw_shortcut = None if shortcut is None else _join(pieces, shortcut, slice(outputs, None))
         gw2 = None if gw2 is None else gw2.to(w2.dtype).contiguous()
-        return None, None, *gxs, gw1, gw2, gw_shortcut
+        return None, None, *whole, gw1, gw2, gw_shortcut
 
 
-def _parts(values: Sequence[Tensor]) -> list[_Part]:
-    grid = values[0].shape[2:]
-    return [_Part(values[0], None), *(_Part(v, (grid[0], grid[1], grid[2])) for v in values[1:])]
+def _parts(values: Sequence[Tensor], width: int) -> list[_Part]:
+    """The input, in the order of its channels; a map that is upsampled in pieces of about `width` channels."""
+    z, y, x = values[0].shape[2:]
+    parts = [_Part(values[0], None)]
+    for source, low in enumerate(values[1:], start=1):
+        count = max(low.shape[1] // width, 1)
+        parts += [_Part(channels_last(piece), (z, y, x), source) for piece in low.tensor_split(count, dim=1)]
+    return parts
+
+
+def _along_channels(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    known = [p for p in pieces if p is not None]
+    return known[0] if len(known) == 1 else channels_last(torch.cat(known, dim=1)) if known else None
 
 
 def _join(pieces: Sequence[Tensor | None], weight: Tensor, outputs: slice) -> Tensor | None:

@@ -67,9 +67,10 @@ def _fusion(
     features_read = 2 * width * inner * (2 * voxels + 2 * tokens) + 4 * tokens * voxels * inner + 16 * voxels * width**2
     for i in range(FUSION_DEPTH[place]):
         flops = tokens_read + (features_read if halves == 2 else 0)
-        # Per voxel: key-value norm, keys and values; query norm, queries, attention's result twice (as heads and as rows), sum,
-        # MLP norm, hidden before and after GELU, sum; a norm keeps its input, which is one of the sums.
-        kept = voxels * (width + 2 * inner + (halves - 1) * (12 * width + 3 * inner)) + tokens * 14 * width
+        # Per voxel: key-value norm, keys and values; query norm, queries, attention's result twice (as heads and as rows), two
+        # sums; a norm keeps its input, which is one of the sums. The features' MLP is redone: its FLOPs (0.3 % of a step) are not
+        # counted.
+        kept = voxels * (width + 2 * inner + (halves - 1) * (3 * width + 3 * inner)) + tokens * 14 * width
         output = voxels * width + tokens * width
         yield Layer(f"{place}.{i}", "fusion", half * halves, flops, output, kept, output, flops)
 
