@@ -93,7 +93,7 @@ class StreamConfig(Section):
     ray_address: str = "local"
     """`local` = a private cluster started by one rank of the host; else a Ray address (`auto`, host:port)."""
     object_store_mib: int = Field(default=512, ge=80)
-    """Object store of a private Ray cluster."""
+    """Object store of a private Ray cluster, for each rank of the host."""
     wait_limit_s: float = Field(default=300, gt=0)
     """Longest wait for one sample; then the run stops and says what it waited for."""
     cache_mib: int = Field(default=0, ge=0)

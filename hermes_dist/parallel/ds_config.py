@@ -9,7 +9,11 @@ weights, gradients are accumulated and reduced in fp32, and every stage works al
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from typing import Any
+
+import pydantic
 
 from hermes_dist.config import Config
 from hermes_dist.errors import ConfigError, nearest
@@ -141,9 +145,13 @@ def build_ds_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def _check_zero(zero: dict[str, Any], stage: int) -> None:
+    if zero.get("compute_grad_norm", True) is False:
+        raise ConfigError("deepspeed.zero_optimization.compute_grad_norm = False: the norm is what finds NaN; remove the key")
     for key, reason in REFUSED_ZERO.items():
         if zero.get(key):
             raise ConfigError(f"deepspeed.zero_optimization.{key} = {zero[key]!r}: {reason}")
+    if set(zero) - {"stage"}:
+        _check_with_deepspeed(zero)
     offload = zero.get("offload_optimizer") or {}
     device = offload.get("device", "none") if isinstance(offload, dict) else offload
     if device == "nvme":
@@ -154,3 +162,20 @@ def _check_zero(zero: dict[str, Any], stage: int) -> None:
         )
     if isinstance(offload, dict) and float(offload.get("ratio", 1.0)) != 1.0:
         raise ConfigError(f"deepspeed.zero_optimization.offload_optimizer.ratio = {offload['ratio']!r}: only 1.0 is supported")
+
+
+def _check_with_deepspeed(zero: dict[str, Any]) -> None:
+    """What DeepSpeed itself would refuse, as one line. Imports it, which takes seconds: only where a key asks for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: type[pydantic.BaseModel] = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    known = [name for key, field in model.model_fields.items() for name in (key, field.alias) if name]
+    for key in zero:
+        if key not in known:
+            raise ConfigError(f"unknown key 'deepspeed.zero_optimization.{key}'.{nearest(key, known)}")
+    try:
+        model.model_validate(zero)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"deepspeed.zero_optimization.{place} = {first['input']!r}: {first['msg']}") from None

@@ -86,7 +86,7 @@ class Engine:
         shapes = {name: p.shape for name, p in model.named_parameters()}
         self._base = make_optimizer([p for p in model.parameters() if p.requires_grad], config, shapes)
         wrapped = _LossModule(model, runtime.device.type, bf16=bf16, cache=self.stage < 3)
-        self._ds = _initialize(wrapped, self._base, ds_config, runtime.limit_s)
+        self._ds = _initialize(wrapped, self._base, ds_config, runtime.group_limit_s)
         self._clock = StepClock(runtime.device)
         self._finite: list[Tensor] = []
         # What the backward pass could not hide: the reduction that is left when it ends.

@@ -54,6 +54,11 @@ class Runtime:
     _vote: tuple[torch.Tensor, dist.Work] | None = None
     _handlers: dict[int, object] = field(default_factory=dict)
 
+    @property
+    def group_limit_s(self) -> float:
+        """Limit of the device's collectives. NCCL ends the process without a word: there the watchdog comes first, and speaks."""
+        return _group_limit_s(self.device, self.limit_s)
+
     def barrier(self) -> None:
         """Wait until every rank is here. Raises WaitTimeoutError after `limit_s`."""
         self.sum(torch.zeros(1))
@@ -142,12 +147,15 @@ class Runtime:
     def close(self) -> None:
         """Leave the process group and restore the signal handlers.
 
-        A world of one keeps its group: DeepSpeed holds on to it, and a second run in the same process uses it again.
+        Ranks that stop on a signal ignore further ones from here on: the first that is gone makes srun end the others, and one
+        that died of it would hide exit code 75 from the recipe. A world of one keeps its group: DeepSpeed holds on to it, and a
+        second run in the same process uses it again.
         """
         self.watchdog.close()
         self.alarm.close()
+        leaving = self.stop_requested and self.world_size > 1
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+            signal.signal(number, signal.SIG_IGN if leaving else handler)  # pyright: ignore[reportArgumentType]
         self._handlers.clear()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -168,6 +176,7 @@ def start(config: Config) -> Runtime:
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
     os.environ.setdefault("RANK", str(place.rank))
     os.environ.setdefault("WORLD_SIZE", str(place.world_size))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))  # srun does not say it; the data workers need it
     device = _choose_device(place)
     threads = _choose_threads(place, device)
     limit_s = config.train.step_limit_s
@@ -227,9 +236,13 @@ def interface_towards(address: str, port: int) -> str | None:
     return next((name for name, own in psutil.net_if_addrs().items() if any(a.address == local for a in own)), None)
 
 
+def _group_limit_s(device: torch.device, limit_s: float) -> float:
+    return limit_s if device.type == "cpu" else 1.5 * limit_s + 20
+
+
 def _join(place: Place, device: torch.device, limit_s: float) -> dist.Store | None:
     """Make the world's process group; returns the key-value store that its ranks met in (None for a world of one)."""
-    timeout = timedelta(seconds=limit_s)
+    timeout = timedelta(seconds=_group_limit_s(device, limit_s))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.master is None:
         if not dist.is_initialized():

@@ -196,12 +196,13 @@ class Stream:
             self._notes.append({"kind": "note", "message": message})
 
     def _wait(self) -> _Ready:
-        limit_s = self._config.stream.wait_limit_s
+        limit_s, began = self._config.stream.wait_limit_s, time.monotonic()
         while True:
             try:
                 item = self._ready.get(timeout=min(POLL_S, limit_s))
             except queue.Empty:
-                silent_s = time.monotonic() - self._progress
+                # While nobody asked (an evaluation) the feeder rested before a full queue: that was no wait.
+                silent_s = time.monotonic() - max(self._progress, began)
                 if silent_s <= limit_s:
                     continue
                 raise WaitTimeoutError(

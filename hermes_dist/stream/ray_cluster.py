@@ -17,16 +17,19 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from ray._private import utils
 
 from hermes_dist.config import StreamConfig
 from hermes_dist.errors import ConfigError, StreamError, WaitTimeoutError
 from hermes_dist.stream import ray_reaper
 
+ray_utils: Any = utils
 START_LIMIT_S = 120.0
 LEAVE_LIMIT_S = 20.0
 JOIN_GRACE_S = 2.0
@@ -127,13 +130,14 @@ def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
         "include_dashboard": False,
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "object_store_memory": config.object_store_mib << 20,
+        "object_store_memory": (config.object_store_mib << 20) * local_world_size,
         "_temp_dir": str(home),
         "_system_config": dict(PATIENT),
     }
     os.environ[ray_reaper.MARK] = str(home)  # inherited by all processes of the cluster
     try:
-        ray.init(address="local", **options)
+        with _own_process_group():
+            ray.init(address="local", **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise StreamError(
             f"Ray did not start: {error}; look into {home}, or set stream.backend=inline to read in the training process"
@@ -141,6 +145,26 @@ def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
     finally:
         del os.environ[ray_reaper.MARK]
     return str(ray.get_runtime_context().gcs_address)
+
+
+@contextlib.contextmanager
+def _own_process_group() -> Generator[None]:
+    """Ray's processes that start inside leave this process's group.
+
+    Slurm and torchrun signal the whole group when they ask a rank to stop. Ray would end at once, and take the rank down before
+    its checkpoint is written. Ray has no option for this: the function that ties a child to its parent's life runs in the child.
+    """
+    tie = ray_utils.set_kill_on_parent_death_linux
+
+    def tie_in_own_group() -> None:
+        os.setpgid(0, 0)
+        tie()
+
+    ray_utils.set_kill_on_parent_death_linux = tie_in_own_group
+    try:
+        yield
+    finally:
+        ray_utils.set_kill_on_parent_death_linux = tie
 
 
 def _connect(address: str) -> None:

@@ -222,9 +222,9 @@ class RaySource:
         return Pipeline(len(positions), dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
 
     def _buffer_bytes(self) -> int:
-        """What finished samples may take up in the object store, within this rank's part of half of it."""
+        """What finished samples may take up in the object store, within half of this rank's part of it."""
         wanted = (self._config.prefetch + 2 * self._task_rows * self._workers) * self._sample_bytes
-        return min(wanted, (self._config.object_store_mib << 20) // (2 * self._place[1]))
+        return min(wanted, (self._config.object_store_mib << 20) // 2)
 
     def _ahead(self) -> int:
         """Samples that a worker may finish before the scheduling loop has taken the first: a task's, within half of the buffer.

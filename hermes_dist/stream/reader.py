@@ -163,12 +163,13 @@ class Reader:
             foreground=lambda k: store.manifest.foreground(row, k),
         )
         numbers = augment.draw(int(rows.augment_seed[index]), self.augmentation)
+        here = self.augment_here  # another thread may change it meanwhile
         box, scale = _Box(start, self.patch), 1.0
         if numbers.affine is not None:
             box = _Box(
                 *augment.source_box(numbers.affine, start, self.patch, entry.shape_vox_zyx),
                 reach=augment.reach(numbers.affine, start, self.patch),
-                stored=self.augment_here and entry.image_dtype == "int16",  # half the bytes to move; the warp scales
+                stored=here and entry.image_dtype == "int16",  # half the bytes to move; the warp scales
             )
             scale = entry.image_step if box.stored else 1.0
         begin, decoded_before_s = time.perf_counter(), store.counters.decode_s
@@ -178,7 +179,7 @@ class Reader:
         patch_start = (start[0] - box.start[0], start[1] - box.start[1], start[2] - box.start[2])
         sample = Sample(position, dataset, case, identity(*self._name(case), start), image, label, numbers, patch_start)
         sample.io = {name: getattr(store.counters, name) - count for name, count in before.items()}
-        if self.augment_here:
+        if here:
             finish(sample, self.patch, scale)
         sample.parts_s = {
             "storage": max(read - begin - decode_s, 0.0),

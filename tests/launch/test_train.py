@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_tools.collection import read_collection_file
@@ -125,6 +128,29 @@ def test_another_collection_is_refused_or_its_use_recorded(store, one_process, t
     (change,) = [e for e in events if e["kind"] == "changed_collection"]
     assert change["step"] == 2
     assert change["from"] != change["to"]
+
+
+def test_a_signal_to_the_whole_group_leaves_ray_alive_until_the_checkpoint(store, tmp_path):
+    """As Slurm and torchrun do it. Without a group of its own Ray ends first, and takes the rank down with it."""
+    settings = overrides(store, tmp_path, "one", "stream.backend=ray", "train.max_steps=1000000", "checkpoint.every_steps=0")
+    command = [sys.executable, "launch/train.py", "--config", "demo.json", *settings]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not raylets(process.pid) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert raylets(process.pid)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 75, said
+    assert (tmp_path / "one" / "checkpoints" / "latest").is_file()
+
+
+def raylets(pid: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(pid).children(recursive=True) if p.name() == "raylet"]
 
 
 def test_the_run_directory_is_complete(one_process):

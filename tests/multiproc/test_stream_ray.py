@@ -182,7 +182,10 @@ def test_nothing_survives_a_killed_rank(program: Path, stores: dict[str, Path]) 
     for line in process.stdout:
         if json.loads(line)["step"] >= 3:
             break
-    assert ray_processes(began)
+    found = ray_processes(began)
+    assert found
+    # A signal to the rank's group (Slurm, torchrun) must not reach them.
+    assert os.getpgid(process.pid) not in {os.getpgid(p.pid) for p in found if p.is_running()}
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
     assert_gone(began)

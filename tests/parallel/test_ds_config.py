@@ -51,6 +51,19 @@ def test_what_cannot_work_is_refused(zero: dict[str, Any], message: str) -> None
         build({"zero_optimization": zero})
 
 
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ({"reduce_bucket_sise": 1}, "reduce_bucket_sise'. Did you mean 'reduce_bucket_size'"),
+        ({"reduce_bucket_size": "many"}, "reduce_bucket_size = 'many'"),
+        ({"compute_grad_norm": False}, "compute_grad_norm = False: the norm is what finds NaN"),
+    ],
+)
+def test_what_deepspeed_would_refuse_is_one_clear_error(zero: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build({"zero_optimization": {"stage": 2, **zero}})
+
+
 def test_zero_section_must_be_an_object() -> None:
     with pytest.raises(ConfigError, match="expected an object"):
         zero_stage(validate({"deepspeed": {"zero_optimization": 2}}))
