@@ -17,7 +17,7 @@ from data_tools.jobs import Job, Outcome, Status, Target, run_job
 from data_tools.journal import Journal, Key, StorePlan
 from data_tools.progress import ProgressReport
 from hermes_dist.errors import StoreError, UsageError
-from hermes_dist.shards.collection import Collection, recover
+from hermes_dist.shards.collection import COLLECTION_FILE, Collection, recover
 from hermes_dist.shards.remote import open_storage
 from hermes_dist.shards.store import create_store, open_store
 from hermes_dist.shards.writer import StoreWriter
@@ -78,12 +78,16 @@ def existing_splits(url: str) -> dict[Key, str]:
     """(dataset, case id) → split of a finished store at this URL; empty where there is none.
 
     A publication that was killed half-way is finished first.
+
+    Raises:
+        StoreError, CorruptShardError, TransientStorageError: there is a store, and it cannot be read. Taking it for none would
+            draw the splits anew.
     """
-    recover(open_storage(url))
-    try:
-        manifest = open_store(url).manifest
-    except StoreError:
+    storage = open_storage(url)
+    recover(storage)
+    if storage.size(COLLECTION_FILE) is None:
         return {}
+    manifest = open_store(url).manifest
     return {
         (manifest.dataset_names[manifest.dataset_index[i]], manifest.case_id(i)): split
         for split in manifest.splits

@@ -14,7 +14,15 @@ from data_tools.findings import Finding, RejectedError
 from data_tools.integrity import Expected, image_hash, inspect_case
 from data_tools.sources import SOURCES
 from data_tools.sources.raw import CaseRef, RawCase
-from hermes_dist.errors import DataError, GeometryError, SourceError
+from hermes_dist.errors import (
+    CorruptShardError,
+    DataError,
+    GeometryError,
+    HermesError,
+    SourceError,
+    StoreError,
+    TransientStorageError,
+)
 from hermes_dist.shards.case import CaseRecord
 from hermes_dist.volume.geometry import Placement
 from hermes_dist.volume.preprocess import Preprocessing, preprocess_image, preprocess_label
@@ -119,15 +127,18 @@ class Outcome:
 def run_job(job: Job, target: Target | None) -> Outcome:
     """Convert one case, or only check it where there is no target.
 
-    Findings of damaged data become a `rejected` outcome. Errors of the store (full disk, no network) are raised: they concern
-    every case.
+    Findings of damaged data become a `rejected` outcome.
+
+    Raises:
+        StoreError, CorruptShardError, TransientStorageError: the store failed. HermesError: not enough memory. Neither says
+            anything of this case, and a rejection would delete what is published of it.
     """
     started = time.perf_counter()
     input_bytes = sum(f.stat().st_size for f in job.case.files if f.is_file())
     dataset, case_id = job.key
     file = str(job.case.image_path)
+    stored = target.writer.existing(dataset, case_id) if target else None
     try:
-        stored = target.writer.existing(dataset, case_id) if target else None
         if stored is not None and stored == job.content_hash(SOURCES[job.layout].fingerprint(job.case)):
             seconds = time.perf_counter() - started
             return Outcome(dataset, case_id, "unchanged", content_hash=stored, input_bytes=input_bytes, seconds=seconds)
@@ -141,6 +152,13 @@ def run_job(job: Job, target: Target | None) -> Outcome:
         check = "geometry" if isinstance(error, GeometryError) else "unreadable"
         finding = Finding(check, "reject", str(error), "see the message")
         return _rejected(job, finding.at(dataset, case_id, file), input_bytes, started)
+    except (StoreError, CorruptShardError, TransientStorageError):
+        raise
+    except MemoryError as error:
+        raise HermesError(
+            f"{file}: not enough memory to convert {dataset}/{case_id} ({error or 'allocation failed'}); convert with fewer "
+            "workers or on a larger machine; the same command goes on where it was"
+        ) from error
     except Exception as error:  # a file that trips code we did not foresee must cost one case, not the whole conversion
         message = f"unexpected {type(error).__name__}: {error}"
         finding = Finding("unexpected", "reject", message, "please report this file's header", file, dataset, case_id)

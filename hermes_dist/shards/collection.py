@@ -157,7 +157,9 @@ def open_manifest(storage: Storage, collection: Collection) -> Manifest:
     if isinstance(storage, LocalStorage):
         size = storage.size(MANIFEST_FILE)
         if size is None:
-            raise StoreError(f"{name} does not exist; run `hermes-shard convert` or `merge` to the end")
+            raise StoreError(
+                f"{name} does not exist, but collection.json does; restore it from a copy, or convert to another URL"
+            )
         if size != collection.manifest_bytes:
             raise CorruptShardError(
                 f"{name} has {size} bytes, collection.json says {collection.manifest_bytes}; run `hermes-shard merge`"
