@@ -19,6 +19,7 @@ NOTED_DIFFERENCE_VOX = 1e-3
 SPACING_RANGE_MM = (0.01, 100.0)
 USUAL_SPACING_MM = (0.1, 20.0)
 MAX_ANISOTROPY_NOTED = 10.0
+LARGEST_VALUE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ def _image(image_zyx: np.ndarray) -> Iterable[Finding]:
         if bad:
             message = f"{bad:,} voxels are NaN or infinite"
             raise RejectedError("nan", message, "replace them by the value of air, or leave the case out")
+        peak = max(abs(float(image_zyx.min())), abs(float(image_zyx.max())))
+        if peak > LARGEST_VALUE:  # resampling works in single precision, where it would become infinite
+            message = f"a voxel is {peak:g} in magnitude, more than single precision holds ({LARGEST_VALUE:.4g})"
+            raise RejectedError("intensity", message, "replace such voxels by the value of air, or scale the image")
     if image_zyx.min() == image_zyx.max():
         raise RejectedError("constant", f"every voxel is {image_zyx.flat[0]:g}", "the scan is empty; leave the case out")
     return ()

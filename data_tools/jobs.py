@@ -25,9 +25,10 @@ from hermes_dist.errors import (
 )
 from hermes_dist.shards.case import CaseRecord
 from hermes_dist.volume.geometry import Placement
+from hermes_dist.volume.intensity import is_ct
 from hermes_dist.volume.preprocess import Preprocessing, preprocess_image, preprocess_label
 
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 """Raised whenever the same inputs and parameters give other voxels: stored cases are then converted again."""
 LOST_LABEL_WARNING = 0.001
 
@@ -168,7 +169,13 @@ def run_job(job: Job, target: Target | None) -> Outcome:
     if target and prepared:
         outcome = replace(outcome, status="converted")
         target.log.write(outcome)  # before the case is published: whoever finds the case also finds what was said of it
-        outcome = replace(outcome, stored_bytes=_store(job, target.writer, prepared, content))
+        try:
+            outcome = replace(outcome, stored_bytes=_store(job, target.writer, prepared, content))
+        except (StoreError, CorruptShardError):
+            raise
+        except DataError as error:  # voxels that cannot be stored: this case, not the conversion
+            finding = Finding("not storable", "reject", str(error), "see the message; leave the case out if nothing helps")
+            return _rejected(job, finding.at(dataset, case_id, file), input_bytes, started)
     return replace(outcome, seconds=time.perf_counter() - started)
 
 
@@ -192,6 +199,8 @@ class _PreparedCase:
 def _prepare(job: Job, raw: RawCase, findings: list[Finding]) -> _PreparedCase:
     stats = {"raw_min": float(raw.image_zyx.min()), "raw_max": float(raw.image_zyx.max())}
     image, placement, made = preprocess_image(raw.image_zyx, raw.grid, job.modality, job.params)
+    if not np.isfinite(made["std"]) or made["std"] == 0:
+        raise _no_contrast(job, stats | made)
     raw.image_zyx = raw.image_zyx[:0].copy()  # the scan itself is not needed any more; at most one full copy lives at a time
     label = preprocess_label(raw.label_zyx, raw.grid, placement, job.params)
     total = int(np.count_nonzero(raw.label_zyx))
@@ -201,6 +210,23 @@ def _prepare(job: Job, raw: RawCase, findings: list[Finding]) -> _PreparedCase:
         findings.append(Finding("crop", "warn", message, 'set "crop_body": false in preprocessing'))
     raw.label_zyx = label[:0].copy()
     return _PreparedCase(image, label, placement, stats | made)
+
+
+def _no_contrast(job: Job, stats: dict[str, float]) -> RejectedError:
+    """Why a volume has no z-score; stored, it would be zeros that nobody notices."""
+    seen = f"values from {stats['raw_min']:g} to {stats['raw_max']:g}"
+    if not np.isfinite(stats["std"]):
+        message = f"{seen} are too far apart for single precision"
+        return RejectedError("intensity", message, "scale the image, or remove the voxels that stand out")
+    clip = f"[{stats['clip_low']:g}, {stats['clip_high']:g}]"
+    if is_ct(job.modality):
+        message = f"constant after clipping to {clip} HU ({seen})"
+        hint = 'state the modality if this is no CT, repair the rescale slope and intercept, or set "ct_clip_hu" in preprocessing'
+        return RejectedError("constant", message, hint)
+    low, high = job.params.percentiles
+    message = f"constant after clipping to {clip}, its own percentiles {low:g} and {high:g} ({seen})"
+    hint = 'nearly every voxel is background: crop the scan, set wider "percentiles" in preprocessing, or leave the case out'
+    return RejectedError("constant", message, hint)
 
 
 def _store(job: Job, writer: CaseWriter, prepared: _PreparedCase, content_hash: str) -> int:
@@ -216,6 +242,6 @@ def _store(job: Job, writer: CaseWriter, prepared: _PreparedCase, content_hash: 
     )
     try:
         entry = writer.write_case(record, prepared.take_image(), prepared.label_zyx)
-    except DataError as error:
+    except (StoreError, CorruptShardError) as error:
         raise type(error)(f"{job.dataset}/{job.case.case_id}: {error}") from error
     return sum(entry.row.file_bytes)

@@ -14,6 +14,10 @@ CT_AIR_HU = -600
 AIR_FRACTION = 0.01
 """Outside CT: a voxel is air below this share of the range from the minimum to the 99.9th percentile."""
 SAMPLE_VOXELS = 4_000_000
+CONTRAST = 1e-6
+"""A standard deviation below this share of the largest magnitude is rounding of float32 (8 of its steps), not contrast."""
+SMALLEST_STD = float(np.finfo(np.float32).tiny)
+"""Below this, 1 / std leaves float32."""
 
 
 def is_ct(modality: str) -> bool:
@@ -59,13 +63,25 @@ def clip_range(
 
 
 def clip_and_standardise(image_zyx: Float32[np.ndarray, "z y x"], low: float, high: float) -> tuple[float, float]:
-    """Clip and z-score in place, and return (mean, std) after clipping; a constant volume becomes zeros (std counts as 1)."""
+    """Clip and z-score in place, and return (mean, std) after clipping.
+
+    A volume without contrast, whatever its unit, becomes zeros and has std 0; so does one whose values leave float32, and its std
+    is not finite.
+    """
     np.clip(image_zyx, low, high, out=image_zyx)
     mean = float(image_zyx.mean(dtype=np.float64))
-    image_zyx -= np.float32(mean)
+    with np.errstate(over="ignore"):  # what leaves float32 shows in std
+        image_zyx -= np.float32(mean)
     flat = image_zyx.ravel()
-    std = float(np.sqrt(sum(float(np.dot(c, c)) for c in np.array_split(flat, 1 + flat.size // 65536)) / flat.size))
-    if std <= 1e-6 * max(1.0, abs(mean)):
+    squares = 0.0
+    for chunk in np.array_split(flat, 1 + flat.size // 65536):
+        wide = chunk.astype(np.float64)  # squares of 1e20 leave float32, those of 1e-23 vanish in it
+        squares += float(np.dot(wide, wide))
+    std = float(np.sqrt(squares / flat.size))
+    if not np.isfinite(std):
+        image_zyx[...] = 0
+        return mean, std
+    if std <= max(CONTRAST * max(abs(low), abs(high)), SMALLEST_STD):
         image_zyx[...] = 0
         return mean, 0.0
     image_zyx *= np.float32(1 / std)

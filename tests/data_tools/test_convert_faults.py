@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+
+import numpy as np
 import pytest
 
 from data_tools.collection import collection_of_sources
 from data_tools.convert import Settings, convert, existing_splits
 from data_tools.sources import SOURCES
-from hermes_dist.errors import HermesError, StoreError, TransientStorageError
+from hermes_dist.errors import DataError, HermesError, StoreError, TransientStorageError
 from hermes_dist.shards.store import open_store
 from hermes_dist.shards.verify import case_problems
 from hermes_dist.shards.writer import StoreWriter
@@ -74,3 +78,70 @@ def test_lack_of_memory_rejects_no_case(nnunet, tmp_path, monkeypatch, raw):
         with pytest.raises(HermesError, match=r"case_1_0000.*not enough memory.*9 GiB.*fewer workers"):
             run(nnunet, out)
     assert len(cases(out)) == 4
+
+
+@pytest.mark.parametrize("oddity", ["mostly background", "CT of another unit", "far apart"])
+def test_an_image_that_would_become_zeros_is_rejected(oddity, nnunet, tmp_path, raw):
+    image, _, affine = raw.make_volume(1)
+    if oddity != "CT of another unit":
+        description = json.loads((nnunet / "dataset.json").read_text())
+        (nnunet / "dataset.json").write_text(json.dumps({**description, "channel_names": {"0": "T1"}}))
+    if oddity == "far apart":
+        image = image.astype(np.float32)
+        image[:2], image[2:] = -3.3e38, 3.3e38
+    elif oddity == "mostly background":
+        image = image * 0
+        image[0, 0, 0] = image[-1, -1, -1] = 400
+    else:
+        image = image + 5000
+    raw.save(nnunet / "imagesTr" / "case_1_0000.nii.gz", image, affine)
+    report = run(nnunet, tmp_path / "store", spacing=1.5)
+    assert cases(tmp_path / "store") == ["case_0", "case_2", "case_3"]
+    (finding,) = report.rejected
+    assert finding.case_id == "case_1"
+    expected = {
+        "mostly background": r"constant after clipping to \[0, 0\], its own percentiles 2 and 98",
+        "CT of another unit": r"constant after clipping to \[-990, 500\] HU",
+        "far apart": "too far apart",
+    }
+    assert re.search(expected[oddity], finding.message)
+    assert finding.suggestion
+
+
+def test_an_image_in_tiny_units_keeps_its_contrast(nnunet, tmp_path, raw):
+    description = json.loads((nnunet / "dataset.json").read_text())
+    (nnunet / "dataset.json").write_text(json.dumps({**description, "channel_names": {"0": "ADC"}}))
+    image, _, affine = raw.make_volume(1)
+    raw.save(nnunet / "imagesTr" / "case_1_0000.nii.gz", (image + 1000).astype(np.float32) * np.float32(1e-12), affine)
+    assert run(nnunet, tmp_path / "store").counts == {"converted": 4}
+    store = open_store(str(tmp_path / "store"))
+    assert store.read_case(1)[0].std() == pytest.approx(1, abs=1e-2)
+
+
+def test_a_value_beyond_single_precision_costs_one_case(nnunet, tmp_path, raw):
+    """It became infinite, NaN after resampling, and ended the whole conversion, at every try."""
+    image, _, affine = raw.make_volume(1)
+    image = image.astype(np.float64)
+    image[3, 3, 3] = 1e39
+    raw.save(nnunet / "imagesTr" / "case_1_0000.nii.gz", image, affine)
+    report = run(nnunet, tmp_path / "store")
+    assert report.counts == {"converted": 3, "rejected": 1}
+    assert [(f.case_id, f.check) for f in report.rejected] == [("case_1", "intensity")]
+    assert "1e+39" in report.rejected[0].message
+    assert run(nnunet, tmp_path / "store").counts == {"unchanged": 3, "rejected": 1}
+
+
+def test_voxels_that_the_store_refuses_cost_one_case(nnunet, tmp_path, monkeypatch):
+    write = StoreWriter.write_case
+
+    def refuse(self, record, image_zyx, label_zyx):
+        if record.case_id == "case_2":
+            raise DataError("Toy/case_2: the image holds NaN")
+        return write(self, record, image_zyx, label_zyx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_case", refuse)
+        report = run(nnunet, tmp_path / "store")
+    assert [(f.case_id, f.check) for f in report.rejected] == [("case_2", "not storable")]
+    assert cases(tmp_path / "store") == ["case_0", "case_1", "case_3"]
+    assert run(nnunet, tmp_path / "store").counts == {"unchanged": 3, "converted": 1}

@@ -49,3 +49,19 @@ def test_a_constant_volume_becomes_zeros():
     image = np.full((3, 3, 3), 1.7e6, np.float32)
     assert clip_and_standardise(image, 0.0, 2e6) == (pytest.approx(1.7e6), 0.0)
     assert not image.any()
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-9, 1.0, 1e15, 1e30])
+def test_the_unit_of_an_image_does_not_matter(unit):
+    """An ADC map in m2/s was set to zeros (std below 1e-6), and so was one whose squares left float32."""
+    plain = np.random.default_rng(2).uniform(0.5, 3, (20, 20, 20))
+    image = (plain * unit).astype(np.float32)
+    _, std = clip_and_standardise(image, 0.5 * unit, 3 * unit)
+    assert std == pytest.approx(plain.std() * unit, rel=1e-4)
+    np.testing.assert_allclose(image, (plain - plain.mean()) / plain.std(), atol=1e-4)
+
+
+def test_values_that_leave_single_precision_have_no_z_score():
+    image = np.array([[[-3.4e38, 3.4e38, 3.4e38]]], np.float32)
+    assert not np.isfinite(clip_and_standardise(image, -3.4e38, 3.4e38)[1])
+    assert not image.any()
