@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from hermes_dist.shards.collection import COLLECTION_FILE, Collection, recover
 from hermes_dist.shards.remote import open_storage
 from hermes_dist.shards.store import create_store, open_store
 from hermes_dist.shards.writer import StoreWriter
+from hermes_dist.tasks import TaskTable
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,14 @@ def plan_jobs(collection: ResolvedCollection) -> list[Job]:
     ]
 
 
+def plan_digest(jobs: Sequence[Job], format: str, tasks: TaskTable) -> str:
+    """Hash of a conversion: format, task table, and the parameters of every case, but no path, since hosts mount differently."""
+    digest = hashlib.blake2b(json.dumps([format, tasks.to_json()], sort_keys=True).encode(), digest_size=16)
+    for job in sorted(jobs, key=lambda j: j.key):
+        digest.update(json.dumps([*job.key, job.parameters]).encode())
+    return digest.hexdigest()
+
+
 def in_part(key: Key, part: tuple[int, int]) -> bool:
     """Whether a case belongs to part i of n (1-based): by a hash, so that all hosts agree whatever they list."""
     digest = hashlib.blake2b("/".join(key).encode(), digest_size=8).digest()
@@ -112,19 +122,26 @@ def convert(collection: ResolvedCollection, url: str, settings: Settings, say: C
         )
     jobs = plan_jobs(collection)
     own_findings = [f for d in collection.datasets for f in d.findings]
-    plan = StorePlan(settings.format, tasks, collection.preprocessing, {j.key: j.split for j in jobs}, own_findings)
+    splits, digest = {j.key: j.split for j in jobs}, plan_digest(jobs, settings.format, tasks)
+    plan = StorePlan(settings.format, tasks, collection.preprocessing, splits, own_findings, digest)
     writer = create_store(url, settings.format, tasks=tasks, preprocessing=collection.preprocessing)
     journal = Journal(url)
     if settings.part:
+        journal.join_plan(plan)
         jobs = [j for j in jobs if in_part(j.key, settings.part)]
     if jobs and settings.check_space:
         say(require_space(forecast(jobs), url))
     journal.write_plan(plan)
     report = ConversionReport(url)
-    known = journal.outcomes()
-    for outcome in _run(jobs, Target(writer, journal), settings, report):
-        known[outcome.key] = _remember(outcome, known.get(outcome.key), journal)
+    memory = _Memory(journal.history(), journal.staged())
+    known = memory.history | memory.staged
+    jobs = [replace(j, known=memory.hashes(j.key)) for j in jobs]
+    for outcome in _run(jobs, Target(writer, journal, digest), settings, report):
+        known[outcome.key], news = memory.settle(replace(outcome, plan=digest), in_part=settings.part is not None)
+        if news:
+            journal.write(known[outcome.key])
     if settings.part:
+        journal.confirm_plan(plan)
         report.findings = sort_findings([f for j in jobs for f in known[j.key].findings])
     else:
         _publish(plan, journal, writer, known, report)
@@ -141,17 +158,21 @@ def merge(url: str) -> ConversionReport:
     """
     started = time.monotonic()
     journal = Journal(url)
-    plan, known = journal.read_plan(), journal.outcomes()
-    missing = plan.split_of.keys() - known.keys()
-    if missing:
-        example = "/".join(sorted(missing)[0])
+    plan = journal.read_plan()
+    known = {key: o for key, o in journal.staged().items() if o.plan == plan.digest and key in plan.split_of}
+    published = existing_splits(url)
+    writer = create_store(url, plan.format, tasks=plan.tasks, preprocessing=plan.preprocessing)
+    stored = writer.content_hashes()
+    done = {key for key, o in known.items() if o.status == "rejected" or stored.get(key) == o.content_hash}
+    missing = sorted(plan.split_of.keys() - done)
+    if missing:  # an outcome of another plan, or none, or one whose case is still being written
+        names = ", ".join("/".join(key) for key in missing[:5])
         raise StoreError(
-            f"{url}: {len(missing)} cases were not converted yet, e.g. {example}; run the missing parts, then merge again"
+            f"{url}: {len(missing)} cases were not converted yet with the parameters in .staging/plan.json, e.g. {names}; "
+            "run the missing parts to their end with the same arguments (or one convert without --part), then merge again"
         )
     report = ConversionReport(url)
     report.status_of = {key: known[key].status for key in plan.split_of}
-    published = existing_splits(url)
-    writer = create_store(url, plan.format, tasks=plan.tasks, preprocessing=plan.preprocessing)
     _publish(plan, journal, writer, known, report)
     report.removed = sorted(published.keys() - plan.split_of.keys())
     report.seconds = time.monotonic() - started
@@ -197,13 +218,36 @@ def _outcomes(jobs: Sequence[Job], target: Target | None, settings: Settings) ->
     return run_jobs(jobs, target, workers=settings.workers, ray_address=settings.ray_address, peak_bytes=need)
 
 
-def _remember(outcome: Outcome, before: Outcome | None, journal: Journal) -> Outcome:
-    """An unchanged case keeps what was found when it was converted; a rejected one is noted for `merge`."""
-    if outcome.status == "unchanged":
-        return before if before is not None and before.content_hash == outcome.content_hash else outcome
-    if outcome.status == "rejected":
-        journal.write(outcome)
-    return outcome
+@dataclass(frozen=True)
+class _Memory:
+    """What earlier runs said of the cases: of the finished conversion, and of the unfinished one."""
+
+    history: dict[Key, Outcome]
+    staged: dict[Key, Outcome]
+
+    def of(self, key: Key) -> list[Outcome]:
+        """Outcomes of a case, the newest first."""
+        return [memory[key] for memory in (self.staged, self.history) if key in memory]
+
+    def hashes(self, key: Key) -> frozenset[str]:
+        """Content hashes that outcomes are known of."""
+        return frozenset(o.content_hash for o in self.of(key) if o.content_hash)
+
+    def settle(self, outcome: Outcome, *, in_part: bool) -> tuple[Outcome, bool]:
+        """The outcome to keep, and whether it must be written down.
+
+        An unchanged case keeps what was found when it was converted. It is written where a newer outcome (a file that could not
+        be read for a moment) says otherwise, and in parts, since `merge` asks for this plan's word on every case.
+        """
+        if outcome.status == "rejected":
+            return outcome, True
+        same = next((o for o in self.of(outcome.key) if o.content_hash == outcome.content_hash), None)
+        if outcome.status != "unchanged" or outcome.image_hash is not None or same is None:
+            return outcome, False  # its worker has written it
+        before = self.staged.get(outcome.key)
+        if (not in_part and before in (None, same)) or (same is before and same.plan == outcome.plan):
+            return same, False
+        return replace(same, status="unchanged", plan=outcome.plan), True
 
 
 def _duplicates(outcomes: dict[Key, Outcome], split_of: dict[Key, str]) -> list[Finding]:
@@ -225,7 +269,7 @@ def _publish(plan: StorePlan, journal: Journal, writer: StoreWriter, known: dict
     report.collection = writer.finish(keep)
     absent = _absent_classes(report.url, plan)
     report.findings = sort_findings([*report.findings, *absent])
-    journal.publish([replace(o, seconds=0.0) for o in outcomes.values()], report.findings)
+    journal.publish([replace(o, seconds=0.0, plan="") for o in outcomes.values()], report.findings)
 
 
 def _absent_classes(url: str, plan: StorePlan) -> list[Finding]:

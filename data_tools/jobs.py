@@ -61,11 +61,17 @@ class Target:
 
     writer: CaseWriter
     log: OutcomeLog
+    plan: str = ""
+    """Digest of the plan that outcomes belong to."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One case to convert; picklable."""
+    """One case to convert; picklable.
+
+    `known` holds the content hashes whose outcomes are at hand: a stored case of another hash is looked at again, since its
+    findings and its image's hash would be lost.
+    """
 
     dataset: str
     layout: str
@@ -74,11 +80,17 @@ class Job:
     split: str
     expected: Expected
     params: Preprocessing
+    known: frozenset[str] = frozenset()
 
     @property
     def key(self) -> tuple[str, str]:
         """(dataset, case id)."""
         return self.dataset, self.case.case_id
+
+    @property
+    def parameters(self) -> str:
+        """Hash of everything but the input that shapes what is stored."""
+        return self.content_hash("")
 
     def content_hash(self, inputs: str) -> str:
         """Hash of the input bytes and of everything that shapes what is stored."""
@@ -97,7 +109,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case ended. `image_hash` is None where the image was not read."""
+    """How a case ended.
+
+    `image_hash` is None where the image was not read, `plan` is the digest of the conversion's plan, `parameters` is that of the
+    job.
+    """
 
     dataset: str
     case_id: str
@@ -108,6 +124,8 @@ class Outcome:
     input_bytes: int = 0
     stored_bytes: int = 0
     seconds: float = 0.0
+    plan: str = ""
+    parameters: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -140,7 +158,7 @@ def run_job(job: Job, target: Target | None) -> Outcome:
     file = str(job.case.image_path)
     stored = target.writer.existing(dataset, case_id) if target else None
     try:
-        if stored is not None and stored == job.content_hash(SOURCES[job.layout].fingerprint(job.case)):
+        if stored is not None and stored in job.known and stored == job.content_hash(SOURCES[job.layout].fingerprint(job.case)):
             seconds = time.perf_counter() - started
             return Outcome(dataset, case_id, "unchanged", content_hash=stored, input_bytes=input_bytes, seconds=seconds)
         raw = SOURCES[job.layout].load(job.case)
@@ -165,10 +183,11 @@ def run_job(job: Job, target: Target | None) -> Outcome:
         finding = Finding("unexpected", "reject", message, "please report this file's header", file, dataset, case_id)
         return _rejected(job, finding, input_bytes, started)
     attributed = [f.at(dataset, case_id, file) for f in findings]
-    outcome = Outcome(dataset, case_id, "checked", attributed, digest, content, input_bytes)
+    outcome = Outcome(dataset, case_id, "checked", attributed, digest, content, input_bytes, parameters=job.parameters)
     if target and prepared:
-        outcome = replace(outcome, status="converted")
+        outcome = replace(outcome, status="unchanged" if content == stored else "converted", plan=target.plan)
         target.log.write(outcome)  # before the case is published: whoever finds the case also finds what was said of it
+    if target and prepared and outcome.status == "converted":
         try:
             outcome = replace(outcome, stored_bytes=_store(job, target.writer, prepared, content))
         except (StoreError, CorruptShardError):

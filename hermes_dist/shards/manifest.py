@@ -223,6 +223,14 @@ class Manifest:
         """Case id of one row."""
         return self._ids[int(i)].as_py()
 
+    def content_hashes(self) -> list[str]:
+        """Content hash per row, read at once."""
+        try:
+            with self._lock:
+                return self._file.read(columns=["content_hash"], use_threads=False).column(0).to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CorruptShardError(f"{self.name} is damaged: {error}; convert again") from None
+
     def rows(self, dataset: str | None = None, split: str | None = None) -> np.ndarray:
         """int64 row numbers of a dataset and split (None = all), sorted by dataset and case id.
 

@@ -32,7 +32,7 @@ from hermes_dist.shards.collection import (
     open_manifest,
 )
 from hermes_dist.shards.layout import CaseFormat
-from hermes_dist.shards.manifest import Manifest, ManifestEntry, write_manifest
+from hermes_dist.shards.manifest import Manifest, ManifestEntry, ManifestRow, write_manifest
 from hermes_dist.shards.many import delete_each, read_each
 from hermes_dist.shards.remote import open_storage
 
@@ -88,20 +88,26 @@ class StoreWriter:
         entry = make_entry(record, case, tasks, uri, files)
         before = self._staged(record.dataset, record.case_id)
         self._storage.write(_row_path(record.dataset, record.case_id), json.dumps(entry.to_json(), allow_nan=False).encode())
-        if before is not None and before.row.uri != uri:
+        if before is not None and before.row.uri not in (uri, self._published_uri(record.dataset, record.case_id)):
             self._delete_case(before.row.uri)
         return entry
 
     def existing(self, dataset: str, case_id: str) -> str | None:
         """Content hash of a case that is stored already (unfinished or published), or None."""
         staged = self._staged(dataset, case_id)
-        if staged is not None:
-            return staged.row.content_hash
-        manifest = self._old_manifest()
-        if manifest is None or dataset not in manifest.dataset_names:
-            return None
-        number = manifest.find(dataset, case_id)
-        return None if number is None else manifest.row(number).content_hash
+        row = staged.row if staged is not None else self._published_row(dataset, case_id)
+        return None if row is None else row.content_hash
+
+    def content_hashes(self) -> dict[Key, str]:
+        """Content hash of every case that is stored already, as `existing`."""
+        hashes: dict[Key, str] = {}
+        old = self._old_manifest()
+        if old is not None:
+            names = [old.dataset_names[d] for d in old.dataset_index]
+            hashes.update(zip(zip(names, old.case_ids, strict=True), old.content_hashes(), strict=True))
+        for entry in self._read_rows(sorted(self._storage.list(ROWS))):
+            hashes[entry.row.dataset, entry.row.case_id] = entry.row.content_hash
+        return hashes
 
     def finish(self, keep: Items[Key] | None = None) -> Collection:
         """Publish everything that was written, and what was there before.
@@ -182,6 +188,16 @@ class StoreWriter:
         if self._manifest is None and self._published is not None:
             self._manifest = open_manifest(self._storage, self._published)
         return self._manifest
+
+    def _published_row(self, dataset: str, case_id: str) -> ManifestRow | None:
+        manifest = self._old_manifest()
+        number = manifest.find(dataset, case_id) if manifest is not None and dataset in manifest.dataset_names else None
+        return None if manifest is None or number is None else manifest.row(number)
+
+    def _published_uri(self, dataset: str, case_id: str) -> str | None:
+        """Where the published manifest has a case; a staged row may name the same place, if parameters went there and back."""
+        row = self._published_row(dataset, case_id)
+        return None if row is None else row.uri
 
     def _staged_keys(self) -> Iterator[tuple[Key, str]]:
         paths = sorted(self._storage.list(ROWS))
