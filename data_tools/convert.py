@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from data_tools.collection import ResolvedCollection
 from data_tools.findings import Finding, sort_findings
-from data_tools.forecast import forecast, peak_bytes, require_space
+from data_tools.forecast import forecast, is_stored, peak_bytes, require_space
 from data_tools.integrity import Expected, find_duplicates
 from data_tools.jobs import Job, Outcome, Status, Target, run_job
 from data_tools.journal import Journal, Key, StorePlan
@@ -129,11 +129,13 @@ def convert(collection: ResolvedCollection, url: str, settings: Settings, say: C
     if settings.part:
         journal.join_plan(plan)
         jobs = [j for j in jobs if in_part(j.key, settings.part)]
+    journal.drop_leftovers()
+    memory = _Memory(journal.history(), journal.staged())
     if jobs and settings.check_space:
-        say(require_space(forecast(jobs), url))
+        ahead = [j for j in jobs if not is_stored(j, memory.of(j.key))]
+        say(require_space(forecast(ahead, len(jobs) - len(ahead)), url))
     journal.write_plan(plan)
     report = ConversionReport(url)
-    memory = _Memory(journal.history(), journal.staged())
     known = memory.history | memory.staged
     jobs = [replace(j, known=memory.hashes(j.key)) for j in jobs]
     for outcome in _run(jobs, Target(writer, journal, digest), settings, report):

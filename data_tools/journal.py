@@ -125,10 +125,13 @@ class Journal:
                 f"conversion with `hermes-shard merge`, or give it up by deleting {self._storage.url}/{PLAN}"
             )
 
+    def drop_leftovers(self) -> None:
+        """Outcomes without a plan were left by a clean-up that was killed, or given up: they must not count for the next plan."""
+        if self._storage.size(PLAN) is None:
+            delete_each(self._storage, list(self._storage.list(OUTCOMES)))
+
     def write_plan(self, plan: StorePlan) -> None:
         """State what is being converted."""
-        if self._storage.size(PLAN) is None:  # left by a clean-up that was killed, or given up: they must not count for this plan
-            delete_each(self._storage, list(self._storage.list(OUTCOMES)))
         self._storage.write(PLAN, json.dumps(plan.to_json()).encode())
 
     def confirm_plan(self, plan: StorePlan) -> None:

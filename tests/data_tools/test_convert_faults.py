@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from data_tools.collection import collection_of_sources
-from data_tools.convert import Settings, convert, existing_splits
+from data_tools.collection import collection_of_sources, read_collection_file
+from data_tools.convert import Settings, convert, existing_splits, plan_jobs
+from data_tools.forecast import WORKER_BYTES, forecast, peak_bytes, stored_voxels
 from data_tools.sources import SOURCES
 from hermes_dist.errors import DataError, HermesError, StoreError, TransientStorageError
 from hermes_dist.shards.store import open_store
@@ -145,3 +148,70 @@ def test_voxels_that_the_store_refuses_cost_one_case(nnunet, tmp_path, monkeypat
     assert [(f.case_id, f.check) for f in report.rejected] == [("case_2", "not storable")]
     assert cases(tmp_path / "store") == ["case_0", "case_1", "case_3"]
     assert run(nnunet, tmp_path / "store").counts == {"unchanged": 3, "converted": 1}
+
+
+def test_a_resume_needs_no_space_for_what_is_stored(nnunet, tmp_path, monkeypatch):
+    """A conversion that just fits, killed near its end, was refused for lack of space."""
+    out = tmp_path / "store"
+    run(nnunet, out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    said = []
+    collection = collection_of_sources([nnunet], known_splits=existing_splits(str(out)))
+    assert convert(collection, str(out), Settings(), say=said.append).counts == {"unchanged": 4}
+    assert "4 more are stored already" in said[0]
+    with pytest.raises(StoreError, match="0 B are free"):
+        run(nnunet, out, spacing=3.0)
+
+
+def set_header(nnunet, affine_mm):
+    """Give both files of case_1 another affine."""
+    for file in (nnunet / "imagesTr" / "case_1_0000.nii.gz", nnunet / "labelsTr" / "case_1.nii.gz"):
+        scan = nib.Nifti1Image(np.asarray(nib.load(file).dataobj), None)
+        scan.set_sform(np.diag([affine_mm] * 3 + [1.0]), 1)
+        scan.header["qform_code"] = 0
+        nib.save(scan, file)
+
+
+@pytest.mark.parametrize("spacing_mm", [500.0, 1e30])
+def test_an_absurd_header_does_not_fill_the_forecast(spacing_mm, nnunet):
+    """Half a metre a voxel forecast terabytes for the whole conversion; 1e30 ended it with a traceback."""
+    sane = forecast(plan_jobs(collection_of_sources([nnunet])))
+    set_header(nnunet, spacing_mm)
+    jobs = plan_jobs(collection_of_sources([nnunet]))
+    assert stored_voxels(jobs[1]) == 0
+    assert peak_bytes(jobs[1]) == WORKER_BYTES
+    assert forecast(jobs).measured_cases == 3
+    assert forecast(jobs).stored_bytes == pytest.approx(sane.stored_bytes, rel=0.01)
+
+
+def test_a_header_that_declares_more_than_the_file_holds_counts_as_none(nnunet):
+    file = nnunet / "imagesTr" / "case_1_0000.nii.gz"
+    header = nib.Nifti1Header()
+    header.set_data_shape((2000, 2000, 1000))
+    header.set_data_dtype(np.int16)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    file.write_bytes(header.binaryblock + bytes(4))
+    assert stored_voxels(plan_jobs(collection_of_sources([nnunet]))[1]) == 0
+
+
+def test_a_scan_that_resampling_would_blow_up_is_rejected_before_memory_is_taken(nnunet, tmp_path):
+    set_header(nnunet, 90.0)  # possible, if odd; 12 voxels of it are a metre
+    report = run(nnunet, tmp_path / "store", spacing=0.5)
+    assert [(f.case_id, f.check) for f in report.rejected] == [("case_1", "size")]
+    assert "spacing 90 × 90 × 90 mm" in report.rejected[0].message
+
+
+def test_a_label_value_that_is_no_longer_declared_is_noticed(nnunet, tmp_path, raw):
+    """`check` rejected the case and `convert` called it unchanged."""
+    _, label, affine = raw.make_volume(1)
+    label[0, 0, 0] = 7
+    raw.save(nnunet / "labelsTr" / "case_1.nii.gz", label, affine)
+    reports = []
+    for extra in ({"other_values": [7]}, {}):
+        entry = {"name": "Toy", "path": nnunet.name, "layout": "nnunet", **extra}
+        (tmp_path / "c.json").write_text(json.dumps({"datasets": [entry]}))
+        known = existing_splits(str(tmp_path / "store"))
+        collection = read_collection_file(tmp_path / "c.json", known)
+        reports.append(convert(collection, str(tmp_path / "store"), Settings(), **QUIET))
+    assert reports[0].counts == {"converted": 4}
+    assert [f.check for f in reports[1].rejected] == ["undeclared label"]
