@@ -12,7 +12,7 @@ from data_tools.collection import ResolvedDataset
 from data_tools.findings import Finding, RejectedError
 from data_tools.sources.raw import ClassValues, RawCase
 from data_tools.sources.volumes import SAME_GRID_VOX
-from hermes_dist.volume.geometry import Grid, grid_difference_vox
+from hermes_dist.volume.geometry import Grid, closest_ras, grid_difference_vox
 from hermes_dist.volume.preprocess import MAX_SHEAR
 
 NOTED_DIFFERENCE_VOX = 1e-3
@@ -50,10 +50,16 @@ def inspect_case(case: RawCase, expected: Expected) -> list[Finding]:
 
 
 def image_hash(case: RawCase) -> str:
-    """Hash of an image's voxels and spacing: equal for copies, whatever their file name, compression or header text."""
+    """Hash of an image's voxels and spacing, on RAS axes and in single precision.
+
+    Equal for copies, whatever their file name, compression, header text, axis order, flips or voxel type.
+    """
+    orientation = closest_ras(case.grid.affine)
+    oriented, spacing = orientation.apply(case.image_zyx), orientation.apply_to_grid(case.grid).spacing_mm_zyx
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{case.image_zyx.shape} {np.round(case.grid.spacing_mm_zyx, 3).tolist()}".encode())
-    digest.update(np.ascontiguousarray(case.image_zyx).data)
+    digest.update(f"{oriented.shape} {np.round(spacing, 3).tolist()}".encode())
+    for plane in oriented:
+        digest.update(plane.astype(np.float32, order="C") + np.float32(0))  # + 0 turns -0 into 0, an equal value of other bits
     return digest.hexdigest()
 
 

@@ -215,3 +215,17 @@ def test_a_label_value_that_is_no_longer_declared_is_noticed(nnunet, tmp_path, r
         reports.append(convert(collection, str(tmp_path / "store"), Settings(), **QUIET))
     assert reports[0].counts == {"converted": 4}
     assert [f.check for f in reports[1].rejected] == ["undeclared label"]
+
+
+def test_a_copy_of_another_type_and_axis_order_is_a_duplicate(nnunet, tmp_path):
+    for folder, name, copy in (("imagesTr", "case_1_0000", "copy_0000"), ("labelsTr", "case_1", "copy")):
+        scan = nib.load(nnunet / folder / f"{name}.nii.gz")
+        dtype = np.float32 if folder == "imagesTr" else np.uint8
+        scan = nib.Nifti1Image(np.asarray(scan.dataobj).astype(dtype), scan.affine)
+        turned = scan.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
+        turned.header.set_xyzt_units("mm")
+        nib.save(turned, nnunet / folder / f"{copy}.nii.gz")
+    report = run(nnunet, tmp_path / "store")
+    found = [f for f in report.findings if f.check in ("duplicate", "leakage")]
+    assert len(found) == 1
+    assert {"case_1", "copy"} == {found[0].case_id, re.search(r"Toy/(\w+)", found[0].message)[1]}
