@@ -14,11 +14,9 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,71 +27,15 @@ from torch import Tensor
 from hermes_dist.config import CheckpointConfig
 from hermes_dist.errors import CheckpointError, HermesError
 from hermes_dist.parallel.engine import Engine
-from hermes_dist.parallel.fragments import (
-    Fragment,
-    FragmentReader,
-    measure_file,
-    sync_directory,
-    write_bytes,
-    write_tensors,
-)
+from hermes_dist.parallel.fragments import sync_directory, write_bytes, write_tensors
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.parallel.snapshot import Snapshot, changed_settings, restore_random, restore_snapshot, take_snapshot
+from hermes_dist.parallel.stored import FORMAT, Stored, list_checkpoints, mark_best, open_checkpoint, prune
 from hermes_dist.telemetry.telemetry import Telemetry
 
-FORMAT = 1
 FAILED = "failed"
 """A file of this name in a temporary directory: one rank gave up, so that rank 0 need not wait for it."""
 _POLL_S = 0.02
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint directory that was renamed into place, with its parsed index."""
-
-    path: Path
-    index: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Global step after which it was written."""
-        return int(self.index["step"])
-
-    def reader(self) -> FragmentReader:
-        """Reader of its pieces."""
-        return FragmentReader(self.path, {f: [Fragment(*row) for row in e["fragments"]] for f, e in self.index["files"].items()})
-
-    def damaged_files(self, part: int = 0, parts: int = 1) -> list[str]:
-        """Names of files, among every `parts`-th, whose size or checksum does not match."""
-        bad: list[str] = []
-        for name, entry in sorted(self.index["files"].items())[part::parts]:
-            file = self.path / name
-            if not file.is_file() or measure_file(file) != {"bytes": entry["bytes"], "crc32": entry["crc32"]}:
-                bad.append(name)
-        return bad
-
-
-def list_checkpoints(run_dir: Path) -> list[Stored]:
-    """Complete checkpoints of a run, newest first. One whose index cannot be read is reported on stderr and left out."""
-    found: list[Stored] = []
-    for path in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
-        try:
-            found.append(open_checkpoint(path))
-        except CheckpointError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
-    return found
-
-
-def open_checkpoint(path: Path) -> Stored:
-    """Read a checkpoint's index. Raises CheckpointError if it is missing, unreadable, or of another format version."""
-    try:
-        index = json.loads((path / "checkpoint.json").read_bytes())
-        version = index["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no readable checkpoint ({error}); expected a directory with checkpoint.json") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {version}; this version reads format {FORMAT}")
-    return Stored(path, index)
 
 
 class Checkpointer:
@@ -261,31 +203,6 @@ class Checkpointer:
             self.telemetry.set("hermes_checkpoint_step", step)
             self.telemetry.set("hermes_checkpoint_size_bytes", sum(entry["bytes"] for entry in files.values()))
         prune(self._root, self._config)
-
-
-def prune(root: Path, config: CheckpointConfig) -> None:
-    """Delete leftovers of killed writers, and complete checkpoints beyond `keep` and `keep_every_hours`."""
-    for leftover in root.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    complete: list[Stored] = []
-    for path in sorted(root.glob("step_*")):
-        try:
-            complete.append(open_checkpoint(path))
-        except CheckpointError:
-            continue  # reported, and left for a person to look at, wherever checkpoints are listed
-    best = (root / "best").read_text().strip() if (root / "best").is_file() else None
-    kept_time = float("-inf")
-    for stored in complete[: -config.keep]:
-        hourly = config.keep_every_hours is not None and stored.index["time"] - kept_time >= config.keep_every_hours * 3600
-        if hourly:
-            kept_time = stored.index["time"]
-        elif stored.path.name != best:
-            shutil.rmtree(stored.path)
-
-
-def mark_best(run_dir: Path, step: int) -> None:
-    """Spare the checkpoint of `step` from pruning (on rank 0 only)."""
-    write_bytes(run_dir / "checkpoints" / "best", f"step_{step:08d}\n".encode())
 
 
 def read_extra(stored: Stored, file: str, kind: str) -> dict[str, Tensor]:
