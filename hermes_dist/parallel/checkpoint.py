@@ -17,6 +17,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.fragments import sync_directory, write_bytes, write_tensors
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.parallel.snapshot import Snapshot, changed_settings, restore_random, restore_snapshot, take_snapshot
-from hermes_dist.parallel.stored import FORMAT, Stored, list_checkpoints, mark_best, open_checkpoint, prune
+from hermes_dist.parallel.stored import FORMAT, Stored, await_checkpoint, list_checkpoints, mark_best, open_checkpoint, prune
 from hermes_dist.telemetry.telemetry import Telemetry
 
 FAILED = "failed"
@@ -110,16 +111,15 @@ class Checkpointer:
             resume: `auto` (newest complete and undamaged checkpoint of the run, None if there is none), `never`, or a path.
 
         Raises:
-            CheckpointError: the checkpoint is of another model, or all that exist are damaged.
+            CheckpointError: the checkpoint is of another model, all that exist are damaged, or a host does not see the one that
+                rank 0 chose.
         """
         if resume == "never":
             return None
-        if resume == "auto":
-            candidates = list_checkpoints(self._run_dir)
-        else:
-            candidates = [open_checkpoint(Path(resume))]
-        for stored in candidates:
-            if self._is_sound(stored):
+        candidates = self._ask_rank_0(lambda: self._candidates(resume))
+        for path, crc32 in candidates:
+            stored = self._open_everywhere(Path(path), crc32)
+            if stored is not None:
                 return self._restore(engine, stored)
         if candidates:
             raise CheckpointError(
@@ -128,11 +128,47 @@ class Checkpointer:
             )
         return None
 
-    def _is_sound(self, stored: Stored) -> bool:
-        bad = stored.damaged_files(self._runtime.rank, self._runtime.world_size)
-        for name in bad:
-            print(f"warning: {stored.path / name} is damaged (size or checksum); trying the previous checkpoint", file=sys.stderr)
-        return int(self._runtime.sum(torch.tensor([len(bad)]))[0]) == 0
+    def _candidates(self, resume: str) -> list[tuple[str, int]]:
+        """What to try in turn, on rank 0: its path, and the CRC-32 of its index."""
+        found = list_checkpoints(self._run_dir) if resume == "auto" else [open_checkpoint(Path(resume))]
+        return [(str(stored.path), stored.index_crc32) for stored in found]
+
+    def _ask_rank_0(self, answer: Callable[[], Any]) -> Any:
+        """Rank 0's (JSON-able) answer on every rank.
+
+        Only rank 0 decides from what it sees in a directory: listings of a network file system may be seconds old on other
+        hosts. If it fails, all ranks fail, so that none waits for the others.
+        """
+        lines: list[str] = []
+        if self._runtime.rank == 0:
+            try:
+                lines = [json.dumps({"answer": answer()})]
+            except (HermesError, OSError) as error:
+                lines = [json.dumps({"error": str(error)})]
+        reply = json.loads(self._runtime.gather_lines(lines)[0])
+        if "error" in reply:
+            raise CheckpointError(reply["error"])
+        return reply["answer"]
+
+    def _open_everywhere(self, path: Path, index_crc32: int) -> Stored | None:
+        """The same checkpoint on every rank; None on every rank if a file of it is damaged. Each rank checks some files."""
+        stored, unseen, bad = None, 0, 0
+        try:
+            # The others wait in the sum below, for at most the limit: give up long before, to say why.
+            stored = await_checkpoint(path, index_crc32, self._runtime.limit_s / 2)
+            for name in stored.damaged_files(self._runtime.rank, self._runtime.world_size):
+                print(f"warning: {path / name} is damaged (size or checksum); trying the previous checkpoint", file=sys.stderr)
+                bad += 1
+        except CheckpointError as error:
+            print(f"error: rank {self._runtime.rank}: {error}", file=sys.stderr, flush=True)
+            unseen = 1
+        unseen, bad = self._runtime.sum(torch.tensor([unseen, bad])).tolist()
+        if unseen:
+            raise CheckpointError(
+                f"{path}: {unseen} of {self._runtime.world_size} ranks do not see this checkpoint, which rank 0 resumes from; "
+                "their messages say why. All hosts must mount the same file system at the same path"
+            )
+        return None if bad else stored
 
     def _restore(self, engine: Engine, stored: Stored) -> dict[str, Any]:
         index = stored.index

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from hermes_dist.errors import CheckpointError
 from hermes_dist.parallel.fragments import Fragment, FragmentReader, measure_file, write_bytes
 
 FORMAT = 1
+_LOOK_S = 0.1
+"""Between two looks for a directory that another host wrote."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Stored:
 
     path: Path
     index: dict[str, Any]
+    index_crc32: int
+    """Of checkpoint.json, which holds the checksums of all other files: it tells two checkpoints of one name apart."""
 
     @property
     def step(self) -> int:
@@ -36,8 +42,11 @@ class Stored:
         """Names of files, among every `parts`-th, whose size or checksum does not match."""
         bad: list[str] = []
         for name, entry in sorted(self.index["files"].items())[part::parts]:
-            file = self.path / name
-            if not file.is_file() or measure_file(file) != {"bytes": entry["bytes"], "crc32": entry["crc32"]}:
+            try:
+                sound = measure_file(self.path / name) == {"bytes": entry["bytes"], "crc32": entry["crc32"]}
+            except OSError:
+                sound = False
+            if not sound:
                 bad.append(name)
         return bad
 
@@ -56,13 +65,37 @@ def list_checkpoints(run_dir: Path) -> list[Stored]:
 def open_checkpoint(path: Path) -> Stored:
     """Read a checkpoint's index. Raises CheckpointError if it is missing, unreadable, or of another format version."""
     try:
-        index = json.loads((path / "checkpoint.json").read_bytes())
+        text = (path / "checkpoint.json").read_bytes()
+        index = json.loads(text)
         version = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no readable checkpoint ({error}); expected a directory with checkpoint.json") from None
     if version != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {version}; this version reads format {FORMAT}")
-    return Stored(path, index)
+    return Stored(path, index, zlib.crc32(text))
+
+
+def await_checkpoint(path: Path, index_crc32: int, limit_s: float) -> Stored:
+    """Open the checkpoint that rank 0 chose; a host whose view of the file system is behind looks again until it sees it.
+
+    Raises:
+        CheckpointError: it did not see that very checkpoint within `limit_s`.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            stored = open_checkpoint(path)
+            if stored.index_crc32 == index_crc32:
+                return stored
+            why = f"its checkpoint.json has CRC-32 {stored.index_crc32:08x} here, expected {index_crc32:08x} as on rank 0"
+        except CheckpointError as error:
+            why = str(error)
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{path}: rank 0 resumes from it, and this host did not see it within {limit_s:.0f} s: {why}. "
+                "All hosts must mount the same file system at the same path; check the mount there and start again"
+            )
+        time.sleep(_LOOK_S)
 
 
 def prune(root: Path, config: CheckpointConfig) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from hermes_dist.parallel.checkpoint import list_checkpoints
 from tests.multiproc.cases import BASE, reference, run_cases
-from tests.multiproc.ranks import start_ranks, wait_ranks
+from tests.multiproc.ranks import run_ranks, start_ranks, wait_ranks
+from tests.multiproc.train_worker import read_losses
 
 STAGES = (0, 1, 2, 3)
 OPTIMIZERS = ("lamb", "adamw")
@@ -60,6 +61,23 @@ def test_resume_in_another_world_and_stage_goes_on_as_if_nothing_happened(world_
         assert resumed["first_step"] == STOP
         want = reference(spec["optimizer"])
         np.testing.assert_allclose(resumed["loss"], want["loss"][STOP:END], rtol=1e-5, err_msg=spec["run"])
+
+
+@pytest.mark.multiproc
+@pytest.mark.faults
+def test_all_ranks_resume_from_the_one_that_rank_0_chose_however_old_their_listing_is(tmp_path: Path) -> None:
+    worker = "tests.multiproc.train_worker"
+    run_ranks(worker, [str(tmp_path), "2"], 2)
+    run_ranks(worker, [str(tmp_path), "3", '{"limit_s": 20, "stale": [1, 3]}'], 2)
+    assert list(read_losses(tmp_path)) == [0, 1, 2]
+    # One that never sees it ends all ranks, long before they would stop to wait for it.
+    ranks = start_ranks(worker, [str(tmp_path), "4", '{"limit_s": 20, "stale": [1, 1000000]}'], 2)
+    (code, seeing), (blind_code, blind) = wait_ranks(ranks, limit_s=240)
+    assert (code, blind_code) == (1, 1)
+    assert "1 of 2 ranks do not see this checkpoint" in seeing
+    assert "this host did not see it within 10 s" in blind
+    assert "is not here yet" in blind
+    assert list(read_losses(tmp_path)) == [0, 1, 2]
 
 
 @pytest.mark.multiproc

@@ -2,7 +2,9 @@
 
 It resumes from RUN_DIR, saves every `save_every` steps, and rank 0 appends `step loss` lines (loss as hex: bitwise) to
 RUN_DIR/losses.txt. Options: stage, save_every, background, limit_s, sleep_s, and what goes wrong: die / hang / fail =
-[rank, step, name of a file that is made first, so that it happens once], full_disk = a rank that cannot write checkpoints.
+[rank, step, name of a file that is made first, so that it happens once], full_disk = a rank that cannot write checkpoints,
+stale = [rank, n]: what that rank sees of the file system is old: its listing lacks the newest checkpoint, and a checkpoint opened
+by its path appears only at the n-th look.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from typing import Any
 import torch
 
 from hermes_dist.config import Config, validate
-from hermes_dist.errors import exit_on_error
-from hermes_dist.parallel import checkpoint
+from hermes_dist.errors import CheckpointError, exit_on_error
+from hermes_dist.parallel import checkpoint, stored
 from hermes_dist.parallel.checkpoint import Checkpointer
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.runtime import EXIT_REQUEUE, Runtime, start
@@ -53,6 +55,21 @@ def no_space(*_: object) -> dict[str, int]:
     raise OSError(28, "No space left on device")
 
 
+def look_late(looks: int) -> None:
+    """This process's view of the checkpoints lags behind."""
+    listed, opened = stored.list_checkpoints, stored.open_checkpoint
+    left = [looks]
+
+    def late(path: Path) -> stored.Stored:
+        left[0] -= 1
+        if left[0] > 0:
+            raise CheckpointError(f"{path} is not here yet")
+        return opened(path)
+
+    stored.open_checkpoint = late
+    checkpoint.list_checkpoints = lambda run_dir: listed(run_dir)[1:]
+
+
 def train(run_dir: Path, steps: int, options: dict[str, Any]) -> int:
     runtime = start(make_config(options))
     try:
@@ -66,6 +83,8 @@ def loop(run_dir: Path, steps: int, options: dict[str, Any], runtime: Runtime) -
     engine = Engine(toy.make_model(), config, runtime)
     if options.get("full_disk") == runtime.rank:
         checkpoint.write_tensors = no_space
+    if options.get("stale", [None])[0] == runtime.rank:
+        look_late(options["stale"][1])
     checkpointer = Checkpointer(run_dir, config.checkpoint, runtime)
     state = checkpointer.load(engine)
     for step in range(state["step"] if state else 0, steps):
