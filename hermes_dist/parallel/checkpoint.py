@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import shutil
 import sys
 import threading
 import time
@@ -31,7 +32,16 @@ from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.fragments import sync_directory, write_bytes, write_tensors
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.parallel.snapshot import Snapshot, changed_settings, restore_random, restore_snapshot, take_snapshot
-from hermes_dist.parallel.stored import FORMAT, Stored, await_checkpoint, list_checkpoints, mark_best, open_checkpoint, prune
+from hermes_dist.parallel.stored import (
+    FORMAT,
+    Stored,
+    await_checkpoint,
+    list_checkpoints,
+    mark_best,
+    open_checkpoint,
+    prune,
+    set_aside,
+)
 from hermes_dist.telemetry.telemetry import Telemetry
 
 FAILED = "failed"
@@ -46,7 +56,10 @@ class Checkpointer:
         self._root, self._run_dir = run_dir / "checkpoints", run_dir
         self._config, self._runtime = config, runtime
         self._thread: threading.Thread | None = None
-        self._error: HermesError | OSError | None = None
+        self._temporary: Path | None = None
+        self._verdict: CheckpointError | None = None
+        self._failures = 0
+        self._error: Exception | None = None
         self.last_written: Path | None = None
         """The newest checkpoint that this process wrote to the end (rank 0)."""
         self.telemetry: Telemetry | None = None
@@ -59,14 +72,17 @@ class Checkpointer:
         With `checkpoint.background` it returns once a snapshot is taken; `finish` or the next `save` waits for the file.
 
         Raises:
-            CheckpointError: the previous write failed, or the other ranks did not finish theirs in time.
+            CheckpointError: two writes in a row failed. One alone is said, and this one written all the same: what filled the
+                disk may be gone, and a run that is asked to stop has no later chance.
         """
         began = time.perf_counter()
-        self.finish()
+        self._forgive()
         token = self._runtime.broadcast_int(secrets.randbits(40))
         temporary = self._root / f".tmp-step_{step:08d}-{token:010x}"
+        self._temporary = temporary
         if self._runtime.rank == 0:
-            temporary.mkdir(parents=True)
+            with contextlib.suppress(OSError):  # the writer meets the same error, and reports it
+                temporary.mkdir(parents=True)
         snapshot = take_snapshot(engine, copy=self._config.background)
         self._runtime.barrier()
         # A daemon: a rank that failed must be able to end although its writer waits for a peer that is gone.
@@ -74,7 +90,7 @@ class Checkpointer:
         self._thread = job
         job.start()
         if not self._config.background:
-            self.finish()
+            self._forgive()
         if self.telemetry is not None:
             seconds = time.perf_counter() - began
             self.telemetry.observe("hermes_checkpoint_duration_seconds", seconds, phase="snapshot")
@@ -93,15 +109,40 @@ class Checkpointer:
         Raises:
             CheckpointError: it could not be written, here or on another rank.
         """
+        self._settle()
+        if self._verdict is not None:
+            raise self._verdict
+
+    def _settle(self) -> None:
+        """Wait for the write under way; `_verdict` is what went wrong with the newest one, on all ranks alike."""
         if self._thread is None:
             return
         self._thread.join()
         self._thread, error, self._error = None, self._error, None
-        failed = int(self._runtime.sum(torch.tensor([int(error is not None)]))[0])
-        if error is not None:
-            raise CheckpointError(f"{self._root}: the checkpoint could not be written: {error}") from error
-        if failed:
-            raise CheckpointError(f"{self._root}: {failed} other rank(s) could not write the checkpoint; their messages say why")
+        if not int(self._runtime.sum(torch.tensor([int(error is not None)]))[0]):
+            self._verdict, self._failures = None, 0
+            return
+        mine = [] if error is None else [f"rank {self._runtime.rank}: {type(error).__name__}: {error}".replace("\n", " ")]
+        reasons = self._runtime.gather_lines(mine)
+        more = f" (and {len(reasons) - 4} more ranks)" if len(reasons) > 4 else ""
+        self._verdict = CheckpointError(f"{self._root}: the checkpoint could not be written: {'; '.join(reasons[:4])}{more}")
+        self._verdict.__cause__ = error
+        self._failures += 1
+        if self._runtime.rank == 0 and self._temporary is not None:
+            # It may be what fills the disk.
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _forgive(self) -> None:
+        """Wait for the write under way; let one failure pass, and raise the second in a row."""
+        if self._thread is None:
+            return
+        self._settle()
+        if self._failures > 1:
+            self.finish()
+        if self._verdict is not None:
+            self._runtime.say(
+                f"warning: {self._verdict}. The run goes on; it ends if the next checkpoint cannot be written either"
+            )
 
     def load(self, engine: Engine, resume: str = "auto") -> dict[str, Any] | None:
         """Restore `engine` and return the caller's state.
@@ -192,6 +233,8 @@ class Checkpointer:
     def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int, best: bool) -> None:
         began = time.perf_counter()
         try:
+            if self._runtime.rank == 0:
+                temporary.mkdir(parents=True, exist_ok=True)
             name = f"rank_{self._runtime.rank:05d}.safetensors"
             entry: dict[str, Any] = dict(write_tensors(temporary / name, snapshot.tensors))
             entry["fragments"] = [f.to_json() for f in snapshot.fragments]
@@ -200,7 +243,7 @@ class Checkpointer:
                 self._commit(temporary, snapshot.common, state, step, best)
             if self.telemetry is not None:
                 self.telemetry.observe("hermes_checkpoint_duration_seconds", time.perf_counter() - began, phase="write")
-        except (HermesError, OSError) as error:
+        except Exception as error:  # whatever it is: an error that ended only this thread would pass for success
             self._error = error
             with contextlib.suppress(OSError):
                 (temporary / FAILED).touch()
@@ -227,7 +270,7 @@ class Checkpointer:
         final = self._root / f"step_{step:08d}"
         if final.exists():
             # A damaged or older one of the same step: set aside first, since a directory cannot be replaced in one go.
-            final.rename(self._root / f".tmp-old-{secrets.token_hex(5)}")
+            set_aside(final)
         temporary.rename(final)
         sync_directory(self._root)
         write_bytes(self._root / "latest", f"{final.name}\n".encode())
@@ -238,7 +281,10 @@ class Checkpointer:
             self.telemetry.set("hermes_checkpoint_timestamp_seconds", now)
             self.telemetry.set("hermes_checkpoint_step", step)
             self.telemetry.set("hermes_checkpoint_size_bytes", sum(entry["bytes"] for entry in files.values()))
-        prune(self._root, self._config)
+        try:
+            prune(self._root, self._config)
+        except OSError as error:  # the checkpoint is complete all the same
+            print(f"warning: {self._root}: older checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
 
 
 def read_extra(stored: Stored, file: str, kind: str) -> dict[str, Tensor]:

@@ -97,8 +97,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(path)
-    sync_directory(path.parent)
+    # Opened before the rename: whoever waited for this file may rename the directory the moment it appears.
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        temporary.rename(path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import sys
 import time
@@ -98,8 +99,16 @@ def await_checkpoint(path: Path, index_crc32: int, limit_s: float) -> Stored:
         time.sleep(_LOOK_S)
 
 
+def set_aside(path: Path) -> Path:
+    """Hide a checkpoint in one go, under a name that the next `prune` deletes. Returns where it is."""
+    return path.rename(path.parent / f".tmp-old-{secrets.token_hex(5)}")
+
+
 def prune(root: Path, config: CheckpointConfig) -> None:
-    """Delete leftovers of killed writers, and complete checkpoints beyond `keep` and `keep_every_hours`."""
+    """Delete leftovers of killed writers, and complete checkpoints beyond `keep` and `keep_every_hours`.
+
+    What cannot be deleted now (on a network file system, a file that somebody reads) is no error: the next call tries again.
+    """
     for leftover in root.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     complete: list[Stored] = []
@@ -115,7 +124,7 @@ def prune(root: Path, config: CheckpointConfig) -> None:
         if hourly:
             kept_time = stored.index["time"]
         elif stored.path.name != best:
-            shutil.rmtree(stored.path)
+            shutil.rmtree(set_aside(stored.path), ignore_errors=True)
 
 
 def mark_best(run_dir: Path, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hermes_dist.config import CheckpointConfig
 from hermes_dist.errors import CheckpointError
 from hermes_dist.parallel.checkpoint import Checkpointer, list_checkpoints, mark_best, read_weights
 from hermes_dist.parallel.engine import Engine
+from hermes_dist.parallel.fragments import write_tensors
 from hermes_dist.parallel.runtime import Runtime
 from tests.parallel.conftest import make_config, make_engine, train_steps
 
@@ -215,3 +217,67 @@ def test_a_write_that_fails_is_reported_and_harms_nothing(
     with pytest.raises(CheckpointError, match="could not be written: .*No space left"):
         checkpointer.finish()
     assert [c.step for c in list_checkpoints(tmp_path)] == [1]
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_one_write_that_fails_does_not_prevent_the_next_two_in_a_row_end_the_run(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, background: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = make_engine(runtime)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(background=background), runtime)
+    fails: list[bool] = []
+
+    def sometimes_full(*args: Any) -> dict[str, int]:
+        if fails.pop(0):
+            raise OSError(28, "No space left on device")
+        return write_tensors(*args)
+
+    monkeypatch.setattr("hermes_dist.parallel.checkpoint.write_tensors", sometimes_full)
+    fails += [True, False, True, True]
+    checkpointer.save(engine, {}, 1)
+    checkpointer.save(engine, {}, 2)  # as the one before a pre-emption
+    checkpointer.finish()
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2]
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "rank 0: OSError: [Errno 28] No space left on device. The run goes on" in said
+    checkpointer.save(engine, {}, 3)
+    with pytest.raises(CheckpointError, match="No space left"):  # the last one may not fail
+        checkpointer.finish()
+
+    def save_two() -> None:
+        checkpointer.save(engine, {}, 4)
+        checkpointer.save(engine, {}, 5)
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_two()
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2]
+
+
+def test_any_error_of_the_writer_is_reported(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointer = Checkpointer(tmp_path, CONFIG, runtime)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("not foreseen")
+
+    monkeypatch.setattr("hermes_dist.parallel.checkpoint.write_tensors", broken)
+    checkpointer.save(make_engine(runtime), {}, 1)
+    with pytest.raises(CheckpointError, match="RuntimeError: not foreseen"):
+        checkpointer.finish()
+
+
+def test_an_old_one_that_cannot_be_deleted_does_not_fail_the_new_one(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system while somebody reads it."""
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", busy)
+        save_some(tmp_path, runtime)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [3, 2]
+    save_some(tmp_path, runtime, steps=1)
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))

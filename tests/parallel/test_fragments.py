@@ -66,3 +66,19 @@ def test_small_files_are_replaced_in_one_go(tmp_path: Path) -> None:
     write_bytes(tmp_path / "latest", b"two")
     assert (tmp_path / "latest").read_bytes() == b"two"
     assert [p.name for p in tmp_path.iterdir()] == ["latest"]
+
+
+def test_the_directory_of_a_small_file_may_be_renamed_as_soon_as_it_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 commits a checkpoint when it sees the last rank's file, which that rank may not have flushed yet."""
+    folder, rename = tmp_path / "temporary", Path.rename
+    folder.mkdir()
+
+    def renamed_by_another(self: Path, target: Path) -> Path:
+        rename(self, target)
+        return rename(folder, tmp_path / "final")
+
+    monkeypatch.setattr(Path, "rename", renamed_by_another)
+    write_bytes(folder / "rank.json", b"{}")
+    assert (tmp_path / "final" / "rank.json").read_bytes() == b"{}"
