@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hermes_dist.config import CheckpointConfig
 from hermes_dist.errors import CheckpointError, HermesError
+from hermes_dist.parallel import rollback
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.fragments import sync_directory, write_bytes, write_tensors
 from hermes_dist.parallel.runtime import Runtime
@@ -149,7 +150,8 @@ class Checkpointer:
 
         Args:
             engine: an engine of the same model, under any world size and ZeRO stage.
-            resume: `auto` (newest complete and undamaged checkpoint of the run, None if there is none), `never`, or a path.
+            resume: `auto` (newest complete and undamaged checkpoint of the run, None if there is none), `never`, or a path. A
+                path of the run's own checkpoints makes the run go back (see rollback.py).
 
         Raises:
             CheckpointError: the checkpoint is of another model, all that exist are damaged, or a host does not see the one that
@@ -157,11 +159,19 @@ class Checkpointer:
         """
         if resume == "never":
             return None
-        candidates = self._ask_rank_0(lambda: self._candidates(resume))
+        candidates, back_to = self._ask_rank_0(lambda: self._candidates(resume))
         for path, crc32 in candidates:
             stored = self._open_everywhere(Path(path), crc32)
             if stored is not None:
-                return self._restore(engine, stored)
+                state = self._restore(engine, stored)
+                if back_to is not None:
+                    abandoned = self._ask_rank_0(lambda: rollback.go_back(self._root, back_to))
+                    if abandoned:
+                        names = f"{', '.join(abandoned)} → abandoned-step_…"
+                        self._runtime.say(f"goes back to {stored.path.name}; newer checkpoints were renamed: {names}")
+                elif resume != "auto" and (line := rollback.note(self._root, Path(resume), stored.path)):
+                    self._runtime.say(line)
+                return state
         if candidates:
             raise CheckpointError(
                 f"{self._root}: none of {len(candidates)} checkpoints is undamaged. Restore one from a backup, name one with "
@@ -169,10 +179,15 @@ class Checkpointer:
             )
         return None
 
-    def _candidates(self, resume: str) -> list[tuple[str, int]]:
-        """What to try in turn, on rank 0: its path, and the CRC-32 of its index."""
-        found = list_checkpoints(self._run_dir) if resume == "auto" else [open_checkpoint(Path(resume))]
-        return [(str(stored.path), stored.index_crc32) for stored in found]
+    def _candidates(self, resume: str) -> tuple[list[tuple[str, int]], int | None]:
+        """On rank 0: path and CRC-32 of the index of what to try in turn; and the step that the run goes back to."""
+        back_to = None
+        if resume == "auto":
+            found = list_checkpoints(self._run_dir)
+            rollback.forget(self._root)
+        else:
+            found, back_to = rollback.candidates(self._run_dir, Path(resume))
+        return [(str(stored.path), stored.index_crc32) for stored in found], back_to
 
     def _ask_rank_0(self, answer: Callable[[], Any]) -> Any:
         """Rank 0's (JSON-able) answer on every rank.
@@ -282,7 +297,7 @@ class Checkpointer:
             self.telemetry.set("hermes_checkpoint_step", step)
             self.telemetry.set("hermes_checkpoint_size_bytes", sum(entry["bytes"] for entry in files.values()))
         try:
-            prune(self._root, self._config)
+            prune(self._root, self._config, final.name)
         except OSError as error:  # the checkpoint is complete all the same
             print(f"warning: {self._root}: older checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
 

@@ -104,8 +104,8 @@ def set_aside(path: Path) -> Path:
     return path.rename(path.parent / f".tmp-old-{secrets.token_hex(5)}")
 
 
-def prune(root: Path, config: CheckpointConfig) -> None:
-    """Delete leftovers of killed writers, and complete checkpoints beyond `keep` and `keep_every_hours`.
+def prune(root: Path, config: CheckpointConfig, committed: str) -> None:
+    """Delete leftovers of killed writers, and complete checkpoints beyond `keep` and `keep_every_hours`; never `committed`.
 
     What cannot be deleted now (on a network file system, a file that somebody reads) is no error: the next call tries again.
     """
@@ -123,7 +123,7 @@ def prune(root: Path, config: CheckpointConfig) -> None:
         hourly = config.keep_every_hours is not None and stored.index["time"] - kept_time >= config.keep_every_hours * 3600
         if hourly:
             kept_time = stored.index["time"]
-        elif stored.path.name != best:
+        elif stored.path.name not in (best, committed):
             shutil.rmtree(set_aside(stored.path), ignore_errors=True)
 
 
