@@ -34,6 +34,7 @@ from hermes_dist.parallel.fragments import sync_directory, write_bytes, write_te
 from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.parallel.snapshot import Snapshot, changed_settings, restore_random, restore_snapshot, take_snapshot
 from hermes_dist.parallel.stored import (
+    AMENDED,
     FORMAT,
     Stored,
     await_checkpoint,
@@ -41,6 +42,7 @@ from hermes_dist.parallel.stored import (
     mark_best,
     open_checkpoint,
     prune,
+    read_state,
     set_aside,
 )
 from hermes_dist.telemetry.telemetry import Telemetry
@@ -58,6 +60,7 @@ class Checkpointer:
         self._config, self._runtime = config, runtime
         self._thread: threading.Thread | None = None
         self._temporary: Path | None = None
+        self._saved_step: int | None = None
         self._verdict: CheckpointError | None = None
         self._failures = 0
         self._error: Exception | None = None
@@ -80,7 +83,7 @@ class Checkpointer:
         self._forgive()
         token = self._runtime.broadcast_int(secrets.randbits(40))
         temporary = self._root / f".tmp-step_{step:08d}-{token:010x}"
-        self._temporary = temporary
+        self._temporary, self._saved_step = temporary, step
         if self._runtime.rank == 0:
             with contextlib.suppress(OSError):  # the writer meets the same error, and reports it
                 temporary.mkdir(parents=True)
@@ -96,6 +99,28 @@ class Checkpointer:
             seconds = time.perf_counter() - began
             self.telemetry.observe("hermes_checkpoint_duration_seconds", seconds, phase="snapshot")
             self.telemetry.observe("hermes_step_part_seconds", seconds, part="checkpoint")
+
+    def amend(self, engine: Engine, state: dict[str, Any], step: int, *, best: bool = False) -> None:
+        """Give the checkpoint of `step` the caller's new `state`; its tensors are not written again.
+
+        If none was saved at `step`, or its write failed, one is written where it is the `best` so far.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        self._forgive()
+        if self._saved_step != step or self._verdict is not None:
+            if best:
+                self.save(engine, state, step, best=True)
+            return
+        if self._runtime.rank == 0:
+            try:
+                # In this order: killed in between, the state is not amended, and the caller does the same once more.
+                if best:
+                    mark_best(self._run_dir, step)
+                write_bytes(self._root / f"step_{step:08d}" / AMENDED, json.dumps(state).encode())
+            except OSError as error:
+                self._runtime.say(f"warning: {self._root}: the result of step {step} could not be noted: {error}")
 
     @property
     def writing(self) -> bool:
@@ -243,7 +268,7 @@ class Checkpointer:
             # Another world has no generator of ours; one that depends on step and rank keeps runs repeatable.
             torch.manual_seed((stored.step << 20) + self._runtime.rank)
         self._runtime.barrier()
-        return index["state"]
+        return self._ask_rank_0(lambda: read_state(stored))
 
     def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int, best: bool) -> None:
         began = time.perf_counter()

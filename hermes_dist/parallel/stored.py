@@ -17,6 +17,8 @@ from hermes_dist.errors import CheckpointError
 from hermes_dist.parallel.fragments import Fragment, FragmentReader, measure_file, write_bytes
 
 FORMAT = 1
+AMENDED = "amended.json"
+"""In a checkpoint: the caller's state as it was learned later, at the same step. It replaces the one in checkpoint.json."""
 _LOOK_S = 0.1
 """Between two looks for a directory that another host wrote."""
 
@@ -125,6 +127,14 @@ def prune(root: Path, config: CheckpointConfig, committed: str) -> None:
             kept_time = stored.index["time"]
         elif stored.path.name not in (best, committed):
             shutil.rmtree(set_aside(stored.path), ignore_errors=True)
+
+
+def read_state(stored: Stored) -> dict[str, Any]:
+    """The caller's state, as amended where it was."""
+    try:
+        return json.loads((stored.path / AMENDED).read_bytes())
+    except (OSError, ValueError):  # there is none, or it is damaged: it only adds to the other
+        return stored.index["state"]
 
 
 def mark_best(run_dir: Path, step: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from hermes_dist.config import Config
@@ -174,7 +175,9 @@ def evaluate_during_training(
     """
     started = time.perf_counter()
     weights = engine.averaged_weights()
-    model = predict.load_model(config, tasks, weights, runtime.device, source=f"step {step}")
+    with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
+        # Building a model draws numbers: training must go on as if nothing had happened, since a resumed run evaluates nothing.
+        model = predict.load_model(config, tasks, weights, runtime.device, source=f"step {step}")
     job = Job(
         config.run_dir, config, stores, tasks, config.evaluate.split, f"step{step}-{predict.digest(weights)}", pictures=False
     )

@@ -27,7 +27,7 @@ from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
 from hermes_dist.train import run_directory, transfer
 from hermes_dist.train.environment import git_commit
-from hermes_dist.train.evaluate import evaluate_during_training
+from hermes_dist.train.evaluate import Job, evaluate_during_training, find_cases
 from hermes_dist.train.record import LossSums, StepRecord
 from hermes_dist.train.schedule import learning_rate
 from hermes_dist.train.step import StepLoss, chain_hash
@@ -44,6 +44,7 @@ class TrainState:
     tasks_digest: str = ""
     collection_digest: str = ""
     best_dice: float | None = None
+    evaluated_step: int = 0
     version: int = 1
 
 
@@ -67,6 +68,8 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     fresh = TrainState(seed=config.run.seed, tasks_digest=tasks.digest, collection_digest=run_directory.collection_digest(stores))
     # Whatever can be found wrong in the configuration is found before anything is written.
     build_reader(config, stores, tasks)
+    if config.evaluate.every_steps:
+        find_cases(Job(config.run_dir, config, stores, tasks, config.evaluate.split, ""))
     build_ds_config(config, runtime.world_size)
     if runtime.rank == 0:
         run_directory.prepare(config, tasks, preprocessing, runtime.world_size)
@@ -98,20 +101,27 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
         f"{config.run_dir}: step {state.step} of {config.train.max_steps}, {len(tasks.datasets)} datasets, {tasks.n_tasks} tasks"
     )
     loss = float("nan")
+
+    def evaluate() -> None:
+        dice = evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
+        best = _is_best(dice, state, runtime)
+        state.evaluated_step = state.step
+        checkpointer.amend(engine, asdict(state), state.step, best=best)
+
     try:
+        if _evaluation_due(state, config) and state.evaluated_step != state.step:
+            evaluate()  # the run was stopped after the checkpoint of this step, and before it was evaluated
         with open_stream(
             config, stores, tasks, rank=runtime.rank, world_size=runtime.world_size, start_step=state.step, telemetry=telemetry
         ) as stream:
             for batch in stream:
                 loss = _one_step(engine, batch, stream, state, config, tasks, runtime, telemetry)
-                best = False
-                if config.evaluate.every_steps and state.step % config.evaluate.every_steps == 0:
-                    dice = evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
-                    best = _is_best(dice, state, runtime)
                 stop = runtime.stop_requested
                 due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
-                if stop or due or best or state.step == config.train.max_steps:
-                    checkpointer.save(engine, asdict(state), state.step, best=best)
+                if stop or due or state.step == config.train.max_steps:
+                    checkpointer.save(engine, asdict(state), state.step)
+                if not stop and _evaluation_due(state, config):  # long: whatever happens meanwhile, the checkpoint is safe
+                    evaluate()
                 if stop or state.step == config.train.max_steps:
                     break
         checkpointer.finish()
@@ -184,6 +194,10 @@ def _note_changed_collection(before: str, state: TrainState, runtime: Runtime, t
     if runtime.rank == 0:
         change = {"from": before, "to": state.collection_digest}
         telemetry.event({"kind": "changed_collection", "step": state.step, **change})
+
+
+def _evaluation_due(state: TrainState, config: Config) -> bool:
+    return state.step > 0 and config.evaluate.every_steps > 0 and state.step % config.evaluate.every_steps == 0
 
 
 def _is_best(dice: float | None, state: TrainState, runtime: Runtime) -> bool:

@@ -1,0 +1,89 @@
+"""The order of checkpoint and evaluation in the loop, with a true training and a made-up result of the evaluation."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hermes_dist.config import Config
+from hermes_dist.errors import UsageError
+from hermes_dist.parallel.checkpoint import list_checkpoints
+from hermes_dist.parallel.runtime import Runtime, start
+from hermes_dist.parallel.stored import read_state
+from hermes_dist.shards.case import CaseRecord
+from hermes_dist.shards.store import create_store
+from hermes_dist.train.trainer import train
+from hermes_dist.volume.geometry import Grid
+from hermes_dist.volume.preprocess import Preprocessing, place
+from tests.train.tiny_run import TASKS, label_of, make_config
+
+EVALUATE = "hermes_dist.train.trainer.evaluate_during_training"
+
+
+@pytest.fixture
+def runtime() -> Generator[Runtime]:
+    session = start(Config())
+    yield session
+    session.close()
+
+
+def run_config(folder: Path, **evaluate: Any) -> Config:
+    writer = create_store(str(folder / "store"), "zarr", tasks=TASKS, preprocessing=Preprocessing(image_dtype="float32"))
+    label = label_of(0, (32, 32, 32))
+    placement = json.dumps(
+        place(Grid(np.diag([-1.5, 1.5, 1.5, 1.0]), label.shape), None, Preprocessing(crop_body=False)).to_json()
+    )
+    for split in ("train", "val"):
+        record = CaseRecord("organs", split, "CT", split, (1.5, 1.5, 1.5), placement, split)
+        writer.write_case(record, label.astype(np.float32), label)
+    writer.finish()
+    return make_config(
+        folder,
+        data={"stores": [str(folder / "store")], "patch_vox_zyx": [32, 32, 32]},
+        stream={"backend": "inline"},
+        augment={"enabled": False},
+        train={"global_batch": 1, "max_steps": 3},
+        checkpoint={"every_steps": 1, "keep": 1},
+        monitor={"prometheus_port": -1},
+        evaluate={"every_steps": 1, **evaluate},
+    )
+
+
+def test_a_kill_during_an_evaluation_loses_nothing(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(tmp_path)
+    dice, asked = {1: 0.5, 2: 0.9, 3: 0.1}, []
+
+    def killed(*args: Any) -> float:
+        asked.append(args[-1])
+        if asked == [1, 2]:
+            raise KeyboardInterrupt
+        return dice[args[-1]]
+
+    monkeypatch.setattr(EVALUATE, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, runtime)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+    assert list_checkpoints(config.run_dir)[0].step == 2
+    assert train(config, runtime).step == 3
+    assert asked == [1, 2, 2, 3]
+    checkpoints = config.run_dir / "checkpoints"
+    assert (checkpoints / "best").read_text() == "step_00000002\n"
+    assert [c.step for c in list_checkpoints(config.run_dir)] == [3, 2]
+    assert [read_state(c)["best_dice"] for c in list_checkpoints(config.run_dir)] == [0.9, 0.9]
+    train(config, runtime)
+    assert asked == [1, 2, 2, 3]
+
+
+def test_an_empty_split_is_found_before_anything_is_written(tmp_path: Path, runtime: Runtime) -> None:
+    config = run_config(tmp_path, split="vla")
+    with pytest.raises(UsageError, match=r"split 'vla' has no case.*Did you mean 'val'"):
+        train(config, runtime)
+    assert not config.run_dir.exists()
