@@ -118,11 +118,14 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                 loss = _one_step(engine, batch, stream, state, config, tasks, runtime, telemetry)
                 stop = runtime.stop_requested
                 due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
-                if stop or due or state.step == config.train.max_steps:
+                last = state.step == config.train.max_steps
+                if stop or due or last:
                     checkpointer.save(engine, asdict(state), state.step)
-                if not stop and _evaluation_due(state, config):  # long: whatever happens meanwhile, the checkpoint is safe
+                # Long: whatever happens meanwhile, the checkpoint is safe. A run that is stopped has no time for it, and does
+                # it when it goes on; a run at its end does not go on.
+                if (last or not stop) and _evaluation_due(state, config):
                     evaluate()
-                if stop or state.step == config.train.max_steps:
+                if stop or last:
                     break
         checkpointer.finish()
     except WaitTimeoutError as error:
