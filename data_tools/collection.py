@@ -166,13 +166,13 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
         )
     if not root.exists():
         raise SourceError(f"dataset {entry.name!r}: {root} does not exist; {_why_absent(root)} (relative to the collection file)")
-    names = list(entry.labels or [])
+    stated = _stated_values(entry)
     options = {
         "modality": entry.modality,
         "channel": entry.channel,
         "fold": entry.fold,
-        "labels": names,
-        "label_ids": entry.label_ids,
+        "labels": list(stated or entry.labels or []),
+        "label_ids": list(stated.values()) if stated else None,
     }
     options |= {k: v for k in ("overlap", "image_suffix", "image_files", "label_files", "frames") if (v := getattr(entry, k))}
     raw = SOURCES[layout].open(root, options)
@@ -181,7 +181,7 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
         raise UsageError(
             f"dataset {entry.name!r}: the modality is not stated; give --modality or set `modality` in the collection"
         )
-    classes = _classes(entry, raw)
+    classes = _classes(entry, raw, stated)
     ignore = entry.ignore_value if entry.ignore_value is not None else raw.ignore_value
     if ignore in used_values(classes):
         raise ConfigError(
@@ -210,8 +210,8 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
     )
     if not dataset.cases and not dataset.findings:
         raise SourceError(f"dataset {entry.name!r}: no case found in {root}; check `path`, `layout` ({layout}) and `include`")
-    stated = {case_id: part for part, ids in (raw.splits or {}).items() for case_id in ids}
-    dataset.split_of = {c.case_id: stated[c.case_id] for c in chosen if c.case_id in stated}
+    part_of = {case_id: part for part, ids in (raw.splits or {}).items() for case_id in ids}
+    dataset.split_of = {c.case_id: part_of[c.case_id] for c in chosen if c.case_id in part_of}
     dataset.patient_of = {c.case_id: _patient(entry, raw, c.case_id) for c in chosen}
     if entry.parts:
         dataset.shares = {part: entry.parts.get(part, 0) / sum(entry.parts.values()) for part in PARTS}
@@ -232,21 +232,41 @@ def _inside(case: CaseRef, root: Path) -> str:
     return image.relative_to(root).as_posix() if image.is_relative_to(root) else image.as_posix()
 
 
-def _classes(entry: DatasetEntry, raw: RawDataset) -> list[ClassValues]:
-    """Declared classes: the collection's where it has some, else the dataset's own."""
+def _stated_values(entry: DatasetEntry) -> dict[str, tuple[int, ...]] | None:
+    """Class → values, where the collection states values; the background is no class. Raises ConfigError."""
     if isinstance(entry.labels, dict):
-        chosen = [(n, tuple(v) if isinstance(v, list) else (v,)) for n, v in entry.labels.items()]
-        return [(n, v) for n, v in chosen if v != (0,)]
+        pairs = list(entry.labels.items())
+        if entry.label_ids is not None:
+            raise ConfigError(f"dataset {entry.name!r}: `labels` holds the values already; remove `label_ids`")
+    elif entry.label_ids is None:
+        return None
+    elif len(entry.label_ids) != len(entry.labels or []):
+        raise ConfigError(
+            f"dataset {entry.name!r}: {len(entry.labels or [])} labels but {len(entry.label_ids)} label_ids; one id each"
+        )
+    else:
+        pairs = list(zip(entry.labels or [], entry.label_ids, strict=True))
+    values = {n: tuple(v) if isinstance(v, list) else (v,) for n, v in pairs}
+    if len(values) != len(pairs):
+        names = [n for n, _ in pairs]
+        double = next(n for n in names if names.count(n) > 1)
+        raise ConfigError(f"dataset {entry.name!r}: label {double!r} is named twice; a list of ids makes one label of several")
+    classes = {n: v for n, v in values.items() if v != (0,)}
+    if not classes:
+        raise ConfigError(f"dataset {entry.name!r}: `labels` names only the background (0); name at least one class")
+    return classes
+
+
+def _classes(entry: DatasetEntry, raw: RawDataset, stated: dict[str, tuple[int, ...]] | None) -> list[ClassValues]:
+    """Declared classes: the collection's where it has some, else the dataset's own."""
+    if raw.painted and raw.classes:  # the source was told what to paint, and says which values that gave
+        return raw.classes
+    if stated is not None:
+        return list(stated.items())
     if entry.labels is None:
         if not raw.classes:
             raise SourceError(f"dataset {entry.name!r} declares no classes; set `labels` and `label_ids` in the collection")
         return raw.classes
-    if entry.label_ids is not None:
-        if len(entry.label_ids) != len(entry.labels):
-            raise ConfigError(
-                f"dataset {entry.name!r}: {len(entry.labels)} labels but {len(entry.label_ids)} label_ids; one id each"
-            )
-        return [(n, tuple(v) if isinstance(v, list) else (v,)) for n, v in zip(entry.labels, entry.label_ids, strict=True)]
     own = dict(raw.classes)
     missing = next((n for n in entry.labels if n not in own), None)
     if missing is not None and own:

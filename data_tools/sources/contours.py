@@ -6,7 +6,7 @@ contour is a hole. Contours are matched to slices by position, because many file
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -37,8 +37,14 @@ def fill_even_odd(points_xy: np.ndarray, parity_yx: np.ndarray) -> None:
     parity_yx += np.cumsum(toggles, axis=1)[:, :width]
 
 
-def roi_masks(data: Dataset, grid: Grid, names: set[str], file: str, findings: list[Finding]) -> Iterator[tuple[str, np.ndarray]]:
-    """(ROI name, mask Z Y X) of the wanted ROIs. Raises RejectedError where contours do not lie in the image's slices."""
+def roi_masks(
+    data: Dataset, grid: Grid, names: Sequence[str], file: str, findings: list[Finding]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(ROI name, mask Z Y X) of the wanted ROIs, in the order of `names`.
+
+    Raises:
+        RejectedError: the object is damaged, or contours do not lie in the image's slices.
+    """
     try:
         roi_name = {int(r.ROINumber): str(r.ROIName) for r in data.StructureSetROISequence}
         contours = {
@@ -53,8 +59,9 @@ def roi_masks(data: Dataset, grid: Grid, names: set[str], file: str, findings: l
         message = f"contours cannot be read ({type(error).__name__}: {error})"
         raise RejectedError("dicom", message, "obtain the file anew", file) from None
     to_index = np.linalg.inv(grid.affine)
-    for name, polygons in sorted(chosen.items()):
-        yield name, _rasterise(name, polygons, to_index, grid, file, findings)
+    for name in names:
+        if name in chosen:
+            yield name, _rasterise(name, chosen[name], to_index, grid, file, findings)
 
 
 def _rasterise(

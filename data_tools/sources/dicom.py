@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import heapq
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydicom.dataset import Dataset
 
 from data_tools.findings import Finding, RejectedError
 from data_tools.sources.chaos import has_masks
 from data_tools.sources.contours import roi_masks
 from data_tools.sources.dicom_seg import segment_masks
-from data_tools.sources.raw import CaseRef, ClassValues, RawCase, RawDataset, case_digest
+from data_tools.sources.raw import CaseRef, RawCase, RawDataset, case_digest
 from data_tools.sources.series import IMAGE_MODALITIES, files_in, is_dicom, read_dataset, read_header, stack
-from data_tools.sources.volumes import MAX_REGION_CLASSES, class_bits, merge_masks, overlap_finding
+from data_tools.sources.volumes import Paint, merge_masks, overlap_finding, paint_of
 
 LABEL_MODALITIES = frozenset({"RTSTRUCT", "SEG"})
 MODALITY_NAMES = {"PT": "PET"}
@@ -32,7 +36,10 @@ class DicomSource:
         return path.is_dir() and not has_masks(path) and any(is_dicom(f) for f in _some_files(path))
 
     def open(self, path: Path, options: Mapping[str, Any]) -> RawDataset:
-        """One case per folder that directly holds DICOM files. Only headers are read; classes are the ROI or segment names."""
+        """One case per folder that directly holds DICOM files. Only headers are read; classes are the ROI or segment names.
+
+        What they paint: `paint_of`.
+        """
         dataset = RawDataset(path.name, "dicom", path, [], [])
         folders = [f for f in (path, *sorted(p for p in path.rglob("*") if p.is_dir())) if any(is_dicom(x) for x in files_in(f))]
         series = [_Series.read(folder) for folder in folders]
@@ -42,15 +49,13 @@ class DicomSource:
             groups.setdefault(item.folder if complete or item.folder.parent == path else item.folder.parent, []).append(item)
         found = sorted({name for item in series for name in item.names})
         names = [str(n) for n in options.get("labels") or found]
-        regions = (
-            len(names) <= MAX_REGION_CLASSES and options.get("overlap", "regions") == "regions" and not options.get("label_ids")
-        )
-        dataset.classes = class_bits(names) if regions else _given_values(names, options)
+        paint = paint_of(names, options, path)
+        dataset.classes, dataset.painted = paint.classes, True
         shared = Counter(folder.name for folder in groups)
         for folder, items in sorted(groups.items()):
             inside = folder.relative_to(path).parts or (path.name,)
             case_id = inside[-1] if shared[folder.name] == 1 else "_".join(inside)
-            _add_case(dataset, case_id, folder, items, names, regions=regions)
+            _add_case(dataset, case_id, folder, items, paint)
         modalities = {item.modality for item in series if item.modality}
         if len(modalities) == 1:
             modality = modalities.pop()
@@ -63,21 +68,26 @@ class DicomSource:
         digests: list[str] = []
         slices = [read_dataset(path, digests) for path in case.images]
         image, grid = stack(slices, str(case.images[0].parent))
-        names: dict[str, int] = dict(dict(case.options)["names"])
+        values: dict[str, int] = dict(dict(case.options)["names"])
         regions = bool(dict(case.options)["regions"])
         found: set[str] = set()
+        objects = [(read_dataset(path, digests), str(path)) for path, _ in case.labels]
+        order = {name: place for place, name in enumerate(values)}
 
-        def masks() -> Any:
-            for path, _ in case.labels:
-                data = read_dataset(path, digests)
-                rasterise = roi_masks if data.Modality == "RTSTRUCT" else segment_masks
-                for name, mask in rasterise(data, grid, set(names), str(path), findings):
-                    found.add(name)
-                    yield mask, 1 << (names[name] - 1) if regions else names[name]
+        def masks() -> Iterator[tuple[np.ndarray, int]]:
+            """One mask a name, in the order of the names: where a voxel has one value, the later name wins."""
+            streams = [
+                (roi_masks if data.Modality == "RTSTRUCT" else segment_masks)(data, grid, list(values), file, findings)
+                for data, file in objects
+            ]
+            merged = heapq.merge(*streams, key=lambda item: order[item[0]])
+            for name, parts in itertools.groupby(merged, key=lambda item: item[0]):
+                found.add(name)
+                yield functools.reduce(np.logical_or, (mask for _, mask in parts)), values[name]
 
         label, overlap = merge_masks(masks(), grid.shape_vox_zyx, regions=regions)
         findings += overlap_finding(overlap, str(case.labels[0][0]), regions=regions)
-        if missing := sorted(set(names) - found):
+        if missing := sorted(set(values) - found):
             message = f"no contours or segment named {', '.join(missing)}: taken as absent"
             findings.append(Finding("labels", "warn", message, "check the names", str(case.labels[0][0])))
         digest = case_digest(digests, case)
@@ -120,7 +130,7 @@ class _Series:
         return item
 
 
-def _add_case(dataset: RawDataset, case_id: str, folder: Path, items: list[_Series], names: list[str], *, regions: bool) -> None:
+def _add_case(dataset: RawDataset, case_id: str, folder: Path, items: list[_Series], paint: Paint) -> None:
     images: dict[str, list[Path]] = {}
     for item in items:
         for uid, files in item.images.items():
@@ -136,14 +146,8 @@ def _add_case(dataset: RawDataset, case_id: str, folder: Path, items: list[_Seri
         dataset.findings.append(finding)
         return
     (files,) = candidates.values()
-    values = tuple((name, i + 1 if regions else dict(dataset.classes)[name][0]) for i, name in enumerate(names))
-    options = (("names", values), ("regions", regions))
+    options = (("names", tuple(paint.values.items())), ("regions", paint.regions))
     dataset.cases.append(CaseRef(case_id, tuple(sorted(files)), tuple((f, 0) for f in labels), 0, options))
-
-
-def _given_values(names: list[str], options: Mapping[str, Any]) -> list[ClassValues]:
-    values = options.get("label_ids") or range(1, len(names) + 1)
-    return [(name, (int(value),)) for name, value in zip(names, values, strict=True)]
 
 
 def _label_names(header: Dataset) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -15,9 +15,13 @@ OFF_GRID_VOX = 0.1
 
 
 def segment_masks(
-    data: Dataset, grid: Grid, names: set[str], file: str, findings: list[Finding]
+    data: Dataset, grid: Grid, names: Sequence[str], file: str, findings: list[Finding]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(segment label, mask Z Y X) of the wanted segments. Raises RejectedError where frames do not lie on the image's voxels."""
+    """(segment label, mask Z Y X) of the wanted segments, in the order of `names`; segments of one label follow each other.
+
+    Raises:
+        RejectedError: the object is damaged, or its frames do not lie on the image's voxels.
+    """
     try:
         label_of = {int(s.SegmentNumber): str(s.SegmentLabel) for s in data.SegmentSequence}
         n_frames = int(data.get("NumberOfFrames", 1))
@@ -29,9 +33,8 @@ def segment_masks(
     to_index = np.linalg.inv(grid.affine)
     places = [_place(to_index, origin, row, column, grid, file) for origin, row, column in geometry]
     outside = 0
-    for number, name in sorted(label_of.items()):
-        if name not in names:
-            continue
+    wanted = [(number, name) for name in names for number, label in sorted(label_of.items()) if label == name]
+    for number, name in wanted:
         mask = np.zeros(grid.shape_vox_zyx, bool)
         chosen = [i for i in range(n_frames) if number_of[i] in (number, None)]
         for i, frame in zip(chosen, _frames(data, chosen, file), strict=True):

@@ -22,11 +22,10 @@ from data_tools.findings import Finding, RejectedError
 from data_tools.sources.labels import parse_labels
 from data_tools.sources.raw import CaseRef, ClassValues, RawCase, RawDataset
 from data_tools.sources.volumes import (
-    MAX_REGION_CLASSES,
-    class_bits,
     fingerprint_files,
     is_volume,
     load_files,
+    paint_of,
     read_volume,
     stem_of,
     volumes_in,
@@ -124,29 +123,25 @@ class ClassFilesSource:
         return bool(_class_cases(path))
 
     def open(self, path: Path, options: Mapping[str, Any]) -> RawDataset:
-        """Classes are the file names found anywhere; up to eight are kept with their overlaps, more are painted in order."""
+        """Classes are the file names found anywhere; what they paint: `paint_of`."""
         cases = _class_cases(path)
         if not cases:
             raise SourceError(f"{path}: no case folder with an image ({', '.join(CLASS_IMAGE_STEMS)}) and `segmentations/`")
         dataset = RawDataset(path.name, "classfiles", path, [], [])
         found = sorted({stem_of(f) for folder, _ in cases for f in volumes_in(folder / "segmentations")})
         names = [str(n) for n in options.get("labels") or found]
-        regions = options.get("overlap", "regions" if len(names) <= MAX_REGION_CLASSES else "priority") == "regions"
-        if regions and len(names) > MAX_REGION_CLASSES:
-            raise SourceError(
-                f'{path}: "overlap": "regions" takes at most {MAX_REGION_CLASSES} classes, this dataset has {len(names)}'
-            )
-        dataset.classes = class_bits(names) if regions else [(n, (v,)) for v, n in enumerate(names, 1)]
+        paint = paint_of(names, options, path)
+        dataset.classes, dataset.painted = paint.classes, True
         for folder, image in cases:
             files = {stem_of(f): f for f in volumes_in(folder / "segmentations")}
-            labels = tuple((files[n], 1 << i if regions else i + 1) for i, n in enumerate(names) if n in files)
+            labels = tuple((files[n], paint.values[n]) for n in names if n in files)
             absent = [n for n in names if n not in files]
             if absent:
                 message = f"no file for {', '.join(absent[:5])}{' …' if len(absent) > 5 else ''}: taken as absent"
                 finding = Finding("missing pair", "warn" if labels else "reject", message, "add empty masks", str(folder))
                 dataset.findings.append(finding.at(dataset.name, folder.name))
             if labels:
-                dataset.cases.append(CaseRef(folder.name, (image,), labels, 0, (("regions", regions),)))
+                dataset.cases.append(CaseRef(folder.name, (image,), labels, 0, (("regions", paint.regions),)))
         dataset.splits = _totalseg_splits(path / "meta.csv", [c.case_id for c in dataset.cases])
         return dataset
 

@@ -80,7 +80,10 @@ ClassValues = tuple[str, tuple[int, ...]]
 
 @dataclass
 class RawDataset:
-    """What a source found in one folder: cases, declared classes, and whatever else the layout states."""
+    """What a source found in one folder: cases, declared classes, and whatever else the layout states.
+
+    `painted`: the source makes the label maps out of masks, so `classes` are the values in them, whatever is declared elsewhere.
+    """
 
     name: str
     layout: str
@@ -93,6 +96,7 @@ class RawDataset:
     splits: dict[str, list[str]] | None = None
     patients: dict[str, str] = field(default_factory=dict[str, str])
     findings: list[Finding] = field(default_factory=list[Finding])
+    painted: bool = False
 
 
 class Source(Protocol):

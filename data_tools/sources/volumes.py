@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +14,9 @@ from data_tools.sources.inflate import file_digest
 from data_tools.sources.metaimage import measure_metaimage, metaimage_data_files, read_metaimage
 from data_tools.sources.nifti import measure_nifti, read_nifti
 from data_tools.sources.nrrd import measure_nrrd, nrrd_data_files, read_nrrd
-from data_tools.sources.raw import CaseRef, RawCase, RawVolume, case_digest
+from data_tools.sources.raw import CaseRef, ClassValues, RawCase, RawVolume, case_digest
 from data_tools.sources.series import measure_series
-from hermes_dist.errors import SourceError
+from hermes_dist.errors import ConfigError, SourceError
 from hermes_dist.volume.geometry import Grid, grid_difference_vox
 
 READERS: dict[str, Callable[[Path], RawVolume]] = {
@@ -156,7 +158,8 @@ def overlap_finding(voxels: int, file: str, *, regions: bool) -> list[Finding]:
             Finding("overlap", "note", f"{voxels:,} voxels belong to several classes; all of them are kept", "none needed", file)
         ]
     message = f"{voxels:,} voxels belong to several classes; the class that comes later in the list has them"
-    return [Finding("overlap", "warn", message, 'set "overlap": "regions" for this dataset (at most 8 classes)', file)]
+    hint = 'set "overlap": "regions" for this dataset and state no label values (at most 8 classes)'
+    return [Finding("overlap", "warn", message, hint, file)]
 
 
 def load_files(case: CaseRef) -> RawCase:
@@ -226,3 +229,57 @@ def class_bits(names: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
     """Region values of at most eight classes: class c owns every value with bit c, so overlaps are kept."""
     top = 1 << len(names)
     return [(name, tuple(v for v in range(1, top) if v >> c & 1)) for c, name in enumerate(names)]
+
+
+@dataclass(frozen=True)
+class Paint:
+    """What a source writes that makes a label map out of one mask a name: `values` holds the value that each name paints."""
+
+    classes: list[ClassValues]
+    values: dict[str, int]
+    regions: bool
+
+
+def paint_of(names: Sequence[str], options: Mapping[str, Any], path: Path) -> Paint:
+    """Stated values are painted as they are, and the later name wins; else bits (at most eight names), or 1, 2, … in order.
+
+    Args:
+        names: the names that are painted, in order.
+        options: `label_ids` (one value a name, or None) and `overlap` of the collection.
+        path: the dataset, for messages.
+
+    Raises:
+        ConfigError: values that one mask a name cannot paint. SourceError: too many names for `"overlap": "regions"`.
+    """
+    stated, overlap = options.get("label_ids"), options.get("overlap")
+    if stated:
+        values = dict(zip(names, (_one_value(n, v, path) for n, v in zip(names, stated, strict=True)), strict=True))
+        if overlap == "regions":
+            hint = 'remove the values ("labels": a list of names), or set "overlap": "priority"'
+            raise ConfigError(f'{path}: "overlap": "regions" gives each name a bit, so values cannot be stated; {hint}')
+        by_value: dict[int, str] = {}
+        for name, value in values.items():
+            if other := by_value.get(value):
+                raise ConfigError(
+                    f"{path}: {other!r} and {name!r} both have the value {value}, and could not be told apart; give each its own"
+                )
+            by_value[value] = name
+        return Paint([(n, (v,)) for n, v in values.items()], values, regions=False)
+    if overlap == "regions" and len(names) > MAX_REGION_CLASSES:
+        raise SourceError(
+            f'{path}: "overlap": "regions" takes at most {MAX_REGION_CLASSES} classes, this dataset has {len(names)}; '
+            'name fewer in "labels", or set "overlap": "priority"'
+        )
+    if overlap == "priority" or len(names) > MAX_REGION_CLASSES:
+        return Paint([(n, (v,)) for v, n in enumerate(names, 1)], {n: v for v, n in enumerate(names, 1)}, regions=False)
+    return Paint(class_bits(names), {n: 1 << bit for bit, n in enumerate(names)}, regions=True)
+
+
+def _one_value(name: str, value: int | Sequence[int], path: Path) -> int:
+    values = [value] if isinstance(value, int) else list(value)
+    if len(values) != 1 or values[0] < 1:
+        raise ConfigError(
+            f"{path}: label {name!r} has the values {values}; here the mask of a name is painted with one value from 1 to 65535. "
+            'State one, or none ("labels": a list of names): then overlaps are kept'
+        )
+    return values[0]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gdcm
+import highdicom as hd
 import numpy as np
+from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.sequence import Sequence
+from pydicom.sr.codedict import codes
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 
 def write_series(folder, volume, spacing=(3.0, 0.8, 0.9), orientation=(1, 0, 0, 0, 1, 0), uid=None, order=-1, modality="CT"):
@@ -70,3 +74,45 @@ def write_chaos(root, seed=0):
             order = sorted(range(len(label)), key=lambda k: f"{(-k) % 1000:04d}")
             Image.fromarray(label[order[plane]]).save(ground / name)
     return cases
+
+
+def write_seg(path, slices, masks):
+    """A binary DICOM-SEG of {label: mask} on the slices of `write_series`; returns the object."""
+    manual = SegmentAlgorithmTypeValues.MANUAL
+    seg = hd.seg.Segmentation(
+        source_images=slices,
+        pixel_array=np.stack(list(masks.values()), axis=-1).astype(np.uint8),
+        segmentation_type=SegmentationTypeValues.BINARY,
+        segment_descriptions=[
+            SegmentDescription(n, label, codes.SCT.Organ, codes.SCT.Organ, manual) for n, label in enumerate(masks, 1)
+        ],
+        series_instance_uid=generate_uid(), series_number=2, sop_instance_uid=generate_uid(), instance_number=1,
+        manufacturer="m", manufacturer_model_name="m", software_versions="1", device_serial_number="1",
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seg.save_as(path)
+    return seg
+
+
+def write_structures(path, rois):
+    """An RTSTRUCT of (ROI name, contours); a contour is a list of LPS points."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = RTStructureSetStorage
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+    data.Modality, data.SeriesInstanceUID, data.PatientID = "RTSTRUCT", generate_uid(), "p"
+    names, shapes = [], []
+    for number, (name, contours) in enumerate(rois, 1):
+        roi, shape, sequence = Dataset(), Dataset(), []
+        roi.ROINumber, roi.ROIName, shape.ReferencedROINumber = number, name, number
+        for points in contours:
+            contour = Dataset()
+            contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(points)
+            contour.ContourData = [float(v) for point in points for v in point]
+            sequence.append(contour)
+        shape.ContourSequence = Sequence(sequence)
+        names.append(roi)
+        shapes.append(shape)
+    data.StructureSetROISequence, data.ROIContourSequence = Sequence(names), Sequence(shapes)
+    data.save_as(path, enforce_file_format=True)
