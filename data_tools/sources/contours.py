@@ -1,11 +1,13 @@
 """RTSTRUCT: planar contours in patient millimetres → masks on the image grid.
 
 A voxel belongs to a region if its centre lies inside an odd number of the slice's contours (even–odd rule), so a contour inside a
-contour is a hole. Contours are matched to slices by position, because many files carry no references to the slices.
+contour is a hole. ROIs of one name are one region: what lies inside any of them. Contours are matched to slices by position,
+because many files carry no references to the slices.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -47,21 +49,22 @@ def roi_masks(
     """
     try:
         roi_name = {int(r.ROINumber): str(r.ROIName) for r in data.StructureSetROISequence}
-        contours = {
-            roi_name.get(int(r.ReferencedROINumber), ""): list(r.get("ContourSequence", [])) for r in data.ROIContourSequence
-        }
-        chosen = {
-            name: [np.array(c.ContourData, float).reshape(-1, 3) for c in sequence if len(c.ContourData) >= 9]
-            for name, sequence in contours.items()
-            if name in names and sequence
-        }
+        rois: dict[int, list[np.ndarray]] = {}
+        for item in data.ROIContourSequence:
+            number, contours = int(item.ReferencedROINumber), list(item.get("ContourSequence", []))
+            if contours and roi_name.get(number) in names:
+                polygons = [np.array(c.ContourData, float).reshape(-1, 3) for c in contours if len(c.ContourData) >= 9]
+                rois.setdefault(number, []).extend(polygons)
     except Exception as error:  # pydicom raises nearly anything on damaged objects
         message = f"contours cannot be read ({type(error).__name__}: {error})"
         raise RejectedError("dicom", message, "obtain the file anew", file) from None
     to_index = np.linalg.inv(grid.affine)
     for name in names:
-        if name in chosen:
-            yield name, _rasterise(name, chosen[name], to_index, grid, file, findings)
+        same_name = [number for number in rois if roi_name[number] == name]
+        # a hole belongs to its own ROI: even-odd within each, then all of the name together
+        masks = (_rasterise(name, rois[number], to_index, grid, file, findings) for number in same_name)
+        if same_name:
+            yield name, functools.reduce(np.logical_or, masks)
 
 
 def _rasterise(
