@@ -31,7 +31,8 @@ def segment_masks(
         message = f"segments cannot be read ({type(error).__name__}: {error})"
         raise RejectedError("dicom", message, "obtain the file anew", file) from None
     to_index = np.linalg.inv(grid.affine)
-    places = [_place(to_index, origin, row, column, grid, file) for origin, row, column in geometry]
+    places = [_place(to_index, data, origin, row, column, file) for origin, row, column in geometry]
+    _check_step(data, places, grid, file)
     outside = 0
     wanted = [(number, name) for name in names for number, label in sorted(label_of.items()) if label == name]
     for number, name in wanted:
@@ -80,18 +81,62 @@ def _frame_geometry(data: Dataset, frame: int) -> tuple[np.ndarray, np.ndarray, 
     return origin, cosines[3:] * rows_mm, cosines[:3] * columns_mm
 
 
-def _place(to_index: np.ndarray, origin: np.ndarray, row: np.ndarray, column: np.ndarray, grid: Grid, file: str) -> np.ndarray:
+def _place(to_index: np.ndarray, data: Dataset, origin: np.ndarray, row: np.ndarray, column: np.ndarray, file: str) -> np.ndarray:
     """Whole-number image index (i, j, k) of pixel (0, 0) and its change per row and column: int (3, 3)."""
     ras = np.array([-1, -1, 1])
     start = to_index[:3, :3] @ (origin * ras) + to_index[:3, 3]
     exact = np.stack([start, to_index[:3, :3] @ (row * ras), to_index[:3, :3] @ (column * ras)])
     whole = np.rint(exact)
-    if (
-        np.abs(exact - whole) * [[1], [grid.shape_vox_zyx[1]], [grid.shape_vox_zyx[2]]] > OFF_GRID_VOX * max(grid.shape_vox_zyx)
-    ).any():
-        message = "segmentation frames do not lie on the voxels of the image"
+    # an error of the step adds up over the frame
+    off = float((np.abs(exact - whole) * [[1], [int(data.Rows)], [int(data.Columns)]]).max())
+    one_voxel = (np.abs(whole[1:]).sum(axis=1) == 1).all() and not (whole[1] * whole[2]).any()
+    if not off <= OFF_GRID_VOX or not one_voxel:
+        what = f"are up to {off:.2f} voxels off" if one_voxel else "have pixels of another size or direction"
+        message = f"segmentation frames {what} the voxels of the image, expected at most {OFF_GRID_VOX}"
         raise RejectedError("label grid", message, "resample the segmentation to the image series", file)
     return whole.astype(int)
+
+
+def _check_step(data: Dataset, places: list[np.ndarray], grid: Grid, file: str) -> None:
+    """Refuse frames of thicker slices than the image's: every second slice would stay empty.
+
+    Frames on neighbouring slices prove the step. Without any, few labelled slices (frames without labels are left out, which is
+    usual) look like a larger step, so that one is believed only where the object states it or at least four frames keep it.
+    """
+    across = {int(np.flatnonzero(~place[1:].any(axis=0))[0]) for place in places}
+    if len(across) != 1:
+        return
+    (axis,) = across
+    steps = np.diff(np.unique([place[0, axis] for place in places]))
+    if grid.shape_vox_zyx[2 - axis] == 1 or (steps.size and steps.min() == 1):
+        return
+    slice_mm = float(np.linalg.norm(grid.affine[:3, axis]))
+    spacing_mm, thickness_mm = _measure(data, "SpacingBetweenSlices"), _measure(data, "SliceThickness")
+    largest_mm = (1 + OFF_GRID_VOX) * slice_mm
+    if spacing_mm is not None and spacing_mm > largest_mm:
+        found = f"slices {spacing_mm:g} mm apart"
+    elif thickness_mm is not None and thickness_mm > largest_mm and _is_step(steps, thickness_mm / slice_mm):
+        found = f"slices {thickness_mm:g} mm thick"
+    elif steps.size >= 3 and np.ptp(steps) == 0:
+        found = f"frames {steps[0]} slices of the image apart"
+    else:
+        return
+    message = f"the segmentation has {found}, expected the image's step of {slice_mm:g} mm; the slices between would stay empty"
+    raise RejectedError("label grid", message, "resample the segmentation to the image series (nearest neighbour)", file)
+
+
+def _is_step(steps: np.ndarray, slices: float) -> bool:
+    """True if all distances between frames are multiples of the smallest one, and that is this many slices."""
+    return bool(steps.size and not (steps % steps.min()).any() and abs(steps.min() - slices) <= OFF_GRID_VOX * slices)
+
+
+def _measure(data: Dataset, name: str) -> float | None:
+    """A length that the first frame's pixel measures state, in mm."""
+    try:
+        value = _group(data, 0, "PixelMeasuresSequence").get(name)
+        return None if value is None else float(value)
+    except Exception:  # pydicom raises nearly anything on damaged values; this one is optional
+        return None
 
 
 def _paint(mask: np.ndarray, frame: np.ndarray, place: np.ndarray) -> int:

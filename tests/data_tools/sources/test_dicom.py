@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import highdicom as hd
 import numpy as np
 import pydicom
@@ -14,7 +16,7 @@ from data_tools.findings import RejectedError
 from data_tools.sources import SOURCES
 from data_tools.sources.contours import fill_even_odd
 from data_tools.sources.series import holds_series, read_series
-from tests.data_tools.dicom_files import compress, write_series
+from tests.data_tools.dicom_files import compress, write_seg, write_series, write_structures
 
 
 def toy(shape=(6, 20, 24)):
@@ -194,3 +196,103 @@ def test_rescaled_series_keep_their_values(tmp_path):
         data.RescaleIntercept = 60000
         data.save_as(file)
     np.testing.assert_array_equal(read_series(tmp_path / "ct").array, volume.astype(np.int32) + 61024)
+
+
+def square(x, y, side, z=19.0):
+    """Corners between pixel centres of `write_series`: slice 3, pixels x … x + side."""
+    corners = [(x, y), (x + side, y), (x + side, y + side), (x, y + side)]
+    return [(-20 + 0.9 * (i - 0.5), -30 + 0.8 * (j - 0.5), z) for i, j in corners]
+
+
+def test_structures_of_one_name_are_one_region(tmp_path):
+    """Parts drawn as ROIs of one name: none replaces another, overlapping ones cut no holes, each keeps its own hole."""
+    write_series(tmp_path / "p1", toy())
+    rois = [
+        ("node", [square(2, 2, 6), square(4, 4, 2)]),
+        ("other", [square(0, 15, 2)]),
+        ("node", [square(6, 6, 5)]),
+        ("node", []),
+    ]
+    write_structures(tmp_path / "p1" / "rt.dcm", rois)
+    source = SOURCES["dicom"]
+    case = source.load(source.open(tmp_path, {"labels": ["node"], "label_ids": [1]}).cases[0])
+    expected = np.zeros((6, 20, 24), bool)
+    expected[3, 2:8, 2:8] = True
+    expected[3, 4:6, 4:6] = False
+    expected[3, 6:11, 6:11] = True
+    np.testing.assert_array_equal(case.label_zyx, expected)
+    assert not case.findings
+
+
+def seg_case(folder, slices, seg_slices, mask, change=None):
+    """The label of a series with a SEG that was made on `seg_slices`."""
+    write_seg(folder / "seg.dcm", seg_slices, {"organ": mask})
+    if change:
+        data = pydicom.dcmread(folder / "seg.dcm")
+        change(data)
+        data.save_as(folder / "seg.dcm")
+    source = SOURCES["dicom"]
+    return source.load(source.open(folder.parent, {}).cases[0]).label_zyx > 0
+
+
+def shared(data, **fields):
+    measures = data.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    for name, value in fields.items():
+        setattr(measures, name, value)
+
+
+def shift(mm):
+    def change(data):
+        for group in data.PerFrameFunctionalGroupsSequence:
+            position = group.PlanePositionSequence[0].ImagePositionPatient
+            position[0] = float(position[0]) + mm
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (shift(0.4), "0.44 voxels off"),
+        (lambda data: shared(data, PixelSpacing=[0.8, 0.91]), r"0\.\d+ voxels off"),
+        (lambda data: shared(data, PixelSpacing=[1.6, 1.8]), "pixels of another size"),
+    ],
+)
+def test_segmentations_beside_the_voxels_are_rejected(change, text, tmp_path):
+    slices = write_series(tmp_path / "p1", toy())
+    mask = np.zeros((6, 20, 24), bool)
+    mask[2:4, 5:9, 6:12] = True
+    with pytest.raises(RejectedError, match=text):
+        seg_case(tmp_path / "p1", slices, slices, mask, change)
+    np.testing.assert_array_equal(seg_case(tmp_path / "p1", slices, slices, mask, shift(0.01)), mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "used"),
+    [
+        (None, [1, 2]),
+        (lambda data: shared(data, SpacingBetweenSlices=5.0), [1]),
+        (lambda data: shared(data, SliceThickness=2.5), [0, 1, 2, 3]),
+    ],
+)
+def test_segmentations_of_thicker_slices_are_rejected(change, used, tmp_path):
+    slices = write_series(tmp_path / "p1", toy((8, 20, 24)), spacing=(2.5, 0.8, 0.9))
+    thick = write_series(tmp_path / "thick", toy((4, 20, 24)), spacing=(5.0, 0.8, 0.9))
+    shutil.rmtree(tmp_path / "thick")
+    for data in thick:
+        data.StudyInstanceUID, data.FrameOfReferenceUID = slices[0].StudyInstanceUID, slices[0].FrameOfReferenceUID
+    mask = np.zeros((4, 20, 24), bool)
+    mask[used, 5:9, 6:12] = True
+    with pytest.raises(RejectedError, match=r"expected the image's step of 2\.5 mm"):
+        seg_case(tmp_path / "p1", slices, thick, mask, change)
+
+
+@pytest.mark.parametrize("used", [[3], [1, 4], [0, 2, 5], [1, 2, 5]])
+@pytest.mark.parametrize("thickness", [2.5, 5.0])
+def test_segmentations_of_few_slices_are_read(used, thickness, tmp_path):
+    """Frames without labels are left out by most writers; thick slices may overlap."""
+    slices = write_series(tmp_path / "p1", toy(), spacing=(2.5, 0.8, 0.9))
+    mask = np.zeros((6, 20, 24), bool)
+    mask[used, 5:9, 6:12] = True
+    label = seg_case(tmp_path / "p1", slices, slices, mask, lambda data: shared(data, SliceThickness=thickness))
+    np.testing.assert_array_equal(label, mask)
