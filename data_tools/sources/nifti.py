@@ -97,7 +97,7 @@ def _dtype(reader: ByteReader, header: nib.Nifti1Header) -> np.dtype:
 
 
 def _grid(reader: ByteReader, header: nib.Nifti1Header, shape: tuple[int, int, int], findings: list[Finding]) -> Grid:
-    """Form with a code > 0: sform first, then qform; neither: the spacing alone, as nibabel does."""
+    """Form with a code > 0: sform first, then qform; neither: the spacing alone, with x from right to left, as nibabel does."""
     unit = MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
     found: dict[str, Grid] = {}
     broken: list[str] = []
@@ -123,11 +123,16 @@ def _grid(reader: ByteReader, header: nib.Nifti1Header, shape: tuple[int, int, i
     if broken:
         raise reader.reject("geometry", broken[0], "repair the header (a spacing of zero or NaN is the usual cause)")
     try:
-        grid = Grid(np.diag([*(float(s) * unit for s in header["pixdim"][1:4]), 1.0]), shape)
-    except GeometryError as error:
+        affine = np.array(header.get_best_affine(), np.float64)
+        affine[:3] *= unit
+        grid = Grid(affine, shape)
+    except (GeometryError, HeaderDataError, ValueError) as error:
         raise reader.reject("geometry", str(error), "repair the header") from None
-    message = "the header states no orientation (both form codes are 0); axes taken as RAS from the spacing alone"
-    findings.append(Finding("form", "warn", message, "set sform or qform", str(reader.path)))
+    message = (
+        "the header states no orientation (both form codes are 0); x taken as right-to-left, y and z as RAS (nibabel's rule)"
+    )
+    hint = "compare left and right with the original scan, and set sform or qform"
+    findings.append(Finding("form", "warn", message, hint, str(reader.path)))
     return grid
 
 

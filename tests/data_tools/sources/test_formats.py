@@ -88,7 +88,17 @@ def test_units_and_forms(tmp_path, raw):
     scan.set_sform(None, 0)
     scan.set_qform(None, 0)
     nib.save(scan, tmp_path / "none.nii.gz")
-    assert [f.severity for f in read_nifti(tmp_path / "none.nii.gz").findings] == ["warn"]
+    volume = read_nifti(tmp_path / "none.nii.gz")
+    assert [f.severity for f in volume.findings] == ["warn"]
+    assert "x taken as right-to-left" in volume.findings[0].message
+    np.testing.assert_allclose(volume.grid.affine, nib.load(tmp_path / "none.nii.gz").affine, atol=1e-6)
+    assert np.diag(volume.grid.affine)[0] < 0
+    scan = nib.Nifti1Image(image.T, np.diag([1e-3, 1e-3, 2e-3, 1]))
+    scan.header.set_xyzt_units("meter")
+    scan.set_sform(None, 0)
+    scan.set_qform(None, 0)
+    nib.save(scan, tmp_path / "metres.nii.gz")
+    np.testing.assert_allclose(np.diag(read_nifti(tmp_path / "metres.nii.gz").grid.affine), [-1, 1, 2, 1], atol=1e-5)
 
 
 def test_several_gzip_members_and_padding(tmp_path, raw):
