@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data_tools.files import read_json
 from data_tools.findings import Finding
@@ -43,13 +43,15 @@ class NnunetSource:
         modality = modality_of(data.get("channel_names"), channel)
         name = str(data.get("name") or path.name)
         dataset = RawDataset(name, "nnunet", path, [], classes, modality=modality, ignore_value=ignore)
+        test: list[str] = []
         if "dataset" in data:
             _from_map(dataset, data["dataset"], file, channel)
         else:
             ending = str(data.get("file_ending", ".nii.gz"))
             _from_folders(dataset, "imagesTr", "labelsTr", ending, channel)
-            test = _from_folders(dataset, "imagesTs", "labelsTs", ending, channel) if (path / "labelsTs").is_dir() else []
-            dataset.splits = _splits(path, dataset, test, int(options.get("fold", 0)))
+            if (path / "labelsTs").is_dir():
+                test = _from_folders(dataset, "imagesTs", "labelsTs", ending, channel)
+        dataset.splits = _splits(path, dataset, test, int(options.get("fold", 0)))
         return dataset
 
     def load(self, case: CaseRef) -> RawCase:
@@ -115,6 +117,16 @@ def _add(dataset: RawDataset, case_id: str, images: list[Path], label: Path, cha
     dataset.cases.append(CaseRef(case_id, (images[channel],), ((label, None),), channel, options))
 
 
+def _ids(value: Any) -> list[str]:
+    """A list of case ids. Raises TypeError: anything else, such as a list of lists."""
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list of case ids")
+    odd = [i for i in cast(list[Any], value) if not isinstance(i, str)]
+    if odd:
+        raise TypeError(f"{odd[0]!r} is not a case id in quotes")
+    return cast(list[str], value)
+
+
 def _splits(path: Path, dataset: RawDataset, test: list[str], fold: int) -> dict[str, list[str]] | None:
     file = path / "splits_final.json"
     ids = [c.case_id for c in dataset.cases]
@@ -122,9 +134,13 @@ def _splits(path: Path, dataset: RawDataset, test: list[str], fold: int) -> dict
         return None
     folds = read_json(file)
     try:
-        train, val = list(folds[fold]["train"]), list(folds[fold]["val"])
-    except (KeyError, IndexError, TypeError):
-        raise SourceError(f"{file}: no fold {fold} with `train` and `val`; expected nnU-Net's list of folds") from None
+        train, val = _ids(folds[fold]["train"]), _ids(folds[fold]["val"])
+    except (KeyError, IndexError, TypeError) as error:
+        found = f" ({error})" if isinstance(error, TypeError) else ""
+        raise SourceError(
+            f"{file}: no fold {fold} with `train` and `val`{found}; expected nnU-Net's list of folds, each with two lists "
+            "of case ids: correct the file, or choose another `fold`"
+        ) from None
     listed = {*train, *val}
     rest = [i for i in ids if i not in listed]
     unlisted = len(set(rest) - set(test))

@@ -211,3 +211,33 @@ def test_two_files_of_one_name_are_said(tmp_path, raw):
     _, dataset = opened(tmp_path, "folder", labels=["x", "y"])
     assert [(f.check, f.severity, f.case_id) for f in dataset.findings] == [("name", "warn", "a")]
     assert len(dataset.cases) == 1
+
+
+def test_nnunet_file_maps_have_splits(tmp_path, raw):
+    image, label, affine = raw.make_volume()
+    raw.save(tmp_path / "i.nii.gz", image, affine)
+    raw.save(tmp_path / "l.nii.gz", label, affine)
+    cases = {name: {"images": ["i.nii.gz"], "label": "l.nii.gz"} for name in "abc"}
+    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "x": 1, "y": 2}, "dataset": cases}
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    assert opened(tmp_path, "nnunet")[1].splits is None
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["c"]}]))
+    assert opened(tmp_path, "nnunet")[1].splits == {"train": ["a"], "val": ["b"], "test": ["c"]}
+    assert opened(tmp_path, "nnunet", fold=1)[1].splits == {"train": ["b"], "val": ["c"], "test": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("folds", "text"),
+    [
+        ([{"train": [["case_0", "case_1"]], "val": []}], r"\['case_0', 'case_1'\] is not a case id"),
+        ([{"train": [1], "val": []}], "1 is not a case id"),
+        ([{"train": "case_0", "val": []}], "'case_0' is not a list"),
+        ([], "no fold 0"),
+        ({"train": [], "val": []}, "no fold 0"),
+        ([["case_0"]], "no fold 0"),
+    ],
+)
+def test_wrong_folds_are_named(folds, text, nnunet):
+    (nnunet / "splits_final.json").write_text(json.dumps(folds))
+    with pytest.raises(SourceError, match=rf"splits_final\.json: .*{text}"):
+        SOURCES["nnunet"].open(nnunet, {})
