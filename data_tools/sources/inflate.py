@@ -50,6 +50,7 @@ class ByteReader:
             ) from None
         self._hash = hashlib.blake2b(digest_size=16)
         self._pending = b""
+        self._read_bytes = 0
         self._inflater: isal_zlib.Decompress | None = None
         self._compression: Compression = "none"
 
@@ -74,6 +75,7 @@ class ByteReader:
         except OSError as error:
             raise self.reject("unreadable", f"reading failed ({error.strerror})", "check the disk, copy the file anew") from None
         self._hash.update(data)
+        self._read_bytes += len(data)
         return data
 
     def peek(self, count: int) -> bytes:
@@ -99,6 +101,19 @@ class ByteReader:
             )
         self._pending = rest
         return head.rstrip(b"\r")
+
+    @property
+    def position(self) -> int:
+        """Where the next byte lies in the file (before `inflate`)."""
+        return self._read_bytes - len(self._pending)
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes before plain voxels. Raises RejectedError where the file has not so many."""
+        if not 0 <= count <= self.file_bytes - self.position:
+            message = f"{count:,} bytes are to be skipped at byte {self.position:,} of {self.file_bytes:,}"
+            raise self.reject("truncated", message, "repair the skip in the header, or copy or download the file again")
+        while count:
+            count -= len(self.read(min(count, MAX_STEP_BYTES)))
 
     def check_declared(self, declared_bytes: int) -> None:
         """Refuse a declared size that this file cannot hold. Call before allocating."""
@@ -141,6 +156,12 @@ class ByteReader:
         if not dtype.isnative:
             array = array.byteswap(inplace=True).view(dtype.newbyteorder("="))
         return array
+
+    def demand_end(self) -> None:
+        """As `finish`, for formats whose header says where the voxels lie: a surplus means that it is wrong."""
+        if surplus := self.finish():
+            hint = "repair sizes, type and skip in the header: the voxels may be shifted"
+            raise self.reject("surplus", f"{surplus:,} bytes more than the header declares", hint)
 
     def finish(self) -> int:
         """Read to the end of the file (this verifies the checksum); returns the number of surplus bytes, at most 1 MiB."""

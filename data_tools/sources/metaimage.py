@@ -29,10 +29,10 @@ def read_metaimage(path: Path) -> RawVolume:
         compression: Compression = "zlib" if fields.get("compresseddata", "").lower() == "true" else "none"
         name = fields["elementdatafile"]
         if name == "LOCAL":
-            return RawVolume(_voxels(reader, shape, dtype, compression), grid, reader.digest)
+            return RawVolume(_voxels(reader, fields, shape, dtype, compression), grid, reader.digest)
         reader.finish()
         with ByteReader(beside(reader, name)) as data:
-            array = _voxels(data, shape, dtype, compression)
+            array = _voxels(data, fields, shape, dtype, compression)
             return RawVolume(array, grid, reader.digest + data.digest)
 
 
@@ -66,10 +66,23 @@ def _shape(reader: ByteReader, fields: dict[str, str]) -> tuple[tuple[int, int, 
     return shape, dtype
 
 
-def _voxels(reader: ByteReader, shape: tuple[int, int, int], dtype: np.dtype, compression: Compression) -> np.ndarray:
+def _voxels(
+    reader: ByteReader, fields: dict[str, str], shape: tuple[int, int, int], dtype: np.dtype, compression: Compression
+) -> np.ndarray:
+    try:
+        start = int(fields.get("headersize", "0") or 0)
+    except ValueError:
+        start = -2
+    if start < -1 or (start and compression != "none"):
+        message = f"HeaderSize {fields['headersize']!r}, expected a whole number from -1, and 0 for compressed data"
+        raise reader.reject("header", message, "write the file anew without HeaderSize")
+    if start == -1:
+        start = reader.file_bytes - math.prod(shape) * dtype.itemsize
+    if start:  # counted from the start of the file that holds the voxels
+        reader.skip(start - reader.position)
     reader.inflate(compression)
     array = reader.array(shape, dtype)
-    reader.finish()
+    reader.demand_end()
     return array
 
 

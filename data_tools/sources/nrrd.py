@@ -42,17 +42,17 @@ def read_nrrd(path: Path) -> RawVolume:
         fields = _fields(reader)
         findings: list[Finding] = []
         shape, dtype = _shape(reader, fields), _dtype(reader, fields)
-        grid = _grid(reader, fields, (shape[-3], shape[-2], shape[-1]), findings)
+        grid = _grid(reader, fields, (shape[0], shape[1], shape[2]), findings)
         encoding = fields.get("encoding", "raw").lower()
         if encoding not in ENCODINGS:
             raise reader.reject("encoding", f"encoding {encoding!r}", "write it with encoding raw or gzip")
         detached = fields.get("data file") or fields.get("datafile")
         if detached is None:
-            array = _voxels(reader, shape, dtype, ENCODINGS[encoding])
+            array = _voxels(reader, fields, shape, dtype, ENCODINGS[encoding])
             return RawVolume(array, grid, reader.digest, findings=findings)
         reader.finish()
         with ByteReader(beside(reader, detached)) as data:
-            array = _voxels(data, shape, dtype, ENCODINGS[encoding])
+            array = _voxels(data, fields, shape, dtype, ENCODINGS[encoding])
             return RawVolume(array, grid, reader.digest + data.digest, findings=findings)
 
 
@@ -69,7 +69,7 @@ def measure_nrrd(path: Path) -> tuple[Grid, int]:
     with ByteReader(path) as reader:
         fields = _fields(reader)
         shape = _shape(reader, fields)
-        return _grid(reader, fields, (shape[-3], shape[-2], shape[-1]), []), _dtype(reader, fields).itemsize
+        return _grid(reader, fields, (shape[0], shape[1], shape[2]), []), _dtype(reader, fields).itemsize
 
 
 def beside(reader: ByteReader, name: str) -> Path:
@@ -81,11 +81,28 @@ def beside(reader: ByteReader, name: str) -> Path:
     return reader.path.parent / name
 
 
-def _voxels(reader: ByteReader, shape: tuple[int, ...], dtype: np.dtype, compression: Compression) -> np.ndarray:
+def _voxels(
+    reader: ByteReader, fields: dict[str, str], shape: tuple[int, ...], dtype: np.dtype, compression: Compression
+) -> np.ndarray:
+    lines, count = (_skip(reader, fields, name, compression) for name in ("line", "byte"))
+    for _ in range(lines):
+        reader.line()
+    if count == -1:
+        count = reader.file_bytes - reader.position - math.prod(shape) * dtype.itemsize
+    reader.skip(count)
     reader.inflate(compression)
     array = reader.array(shape, dtype)
-    reader.finish()
-    return array
+    reader.demand_end()
+    return np.moveaxis(array, -1, 0) if len(shape) == 4 else array  # the list axis varies fastest on disk
+
+
+def _skip(reader: ByteReader, fields: dict[str, str], name: str, compression: Compression) -> int:
+    text = fields.get(f"{name} skip", fields.get(f"{name}skip", "0"))
+    lowest = -1 if name == "byte" else 0
+    if not re.fullmatch(r"-1|\d{1,15}", text) or int(text) < lowest or (int(text) and compression != "none"):
+        message = f"{name} skip {text!r}, expected a whole number from {lowest}, and 0 for compressed data"
+        raise reader.reject("header", message, "write the file anew without a skip")
+    return int(text)
 
 
 def _fields(reader: ByteReader) -> dict[str, str]:
@@ -113,7 +130,7 @@ def _shape(reader: ByteReader, fields: dict[str, str]) -> tuple[int, ...]:
     kinds = fields.get("space directions", "").split()
     if len(sizes) == 4 and kinds[:1] not in (["none"], ["(nan,nan,nan)"]):
         raise reader.reject("dimensions", "four dimensions without a leading list axis", "split it into 3D volumes")
-    return tuple(reversed(sizes)) if len(sizes) == 3 else (sizes[3], sizes[2], sizes[1], sizes[0])
+    return tuple(reversed(sizes))
 
 
 def _dtype(reader: ByteReader, fields: dict[str, str]) -> np.dtype:

@@ -234,3 +234,62 @@ def test_mutated_files_give_a_value_or_a_verdict(suffix, tmp_path):
 def test_two_thousand_mutated_files(suffix, tmp_path):
     """286 mutants per ending, 2,002 in all."""
     assert read_mutants(suffix, 286, tmp_path) > 40
+
+
+def write_raw(folder, suffix, skip, voxels, **more):
+    """A header whose voxels lie behind something else, in a file beside it or in its own."""
+    lists = voxels.ndim == 4
+    sizes = " ".join(str(s) for s in reversed(voxels.shape))
+    data = "" if suffix in (".mha", ".nrrd") else "a.raw"
+    if suffix.startswith(".m"):
+        text = f"NDims = 3\nDimSize = {sizes}\nElementType = MET_SHORT\n{skip}\nElementDataFile = {data or 'LOCAL'}\n"
+    else:
+        directions = ("none " if lists else "") + "(1,0,0) (0,1,0) (0,0,2)"
+        text = f"NRRD0004\ntype: short\ndimension: {voxels.ndim}\nsizes: {sizes}\nencoding: {more.get('encoding', 'raw')}\n"
+        text += f"endian: little\nspace: lps\nspace directions: {directions}\n{skip}\n"
+        text += f"data file: {data}\n\n" if data else "\n"
+    content = more.get("before", b"") + voxels.astype("<i2").tobytes() + more.get("after", b"")
+    path = folder / ("a" + suffix)
+    path.write_bytes(text.encode() + (b"" if data else content))
+    (folder / "a.raw").write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "skip"),
+    [
+        (".mhd", "HeaderSize = 12"), (".mhd", "HeaderSize = -1"), (".mha", "HeaderSize = -1"),
+        *((s, f"byte skip: {n}") for s in (".nhdr", ".nrrd") for n in (12, -1)),
+        *((s, k) for s in (".nhdr", ".nrrd") for k in ("line skip: 2", "line skip: 1\nbyte skip: 6")),
+    ],
+)  # fmt: skip
+def test_what_lies_before_the_voxels_is_skipped(suffix, skip, tmp_path):
+    voxels = np.random.default_rng(0).integers(-900, 400, (3, 4, 5))
+    path = write_raw(tmp_path, suffix, skip, voxels, before=b"one..\ntwo..\n")
+    np.testing.assert_array_equal(read_volume(path).array, voxels)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "skip", "more"),
+    [
+        (".mhd", "Comment = x", {"after": bytes(12)}),
+        (".nhdr", "content: x", {"after": bytes(12)}),
+        (".mhd", "HeaderSize = -2", {}),
+        (".mhd", "HeaderSize = 9999", {}),
+        (".mhd", "HeaderSize = 12\nCompressedData = True", {}),
+        (".nhdr", "byte skip: -2", {}),
+        (".nhdr", "byte skip: 9999", {}),
+        (".nhdr", "byte skip: 12", {"encoding": "gzip"}),
+    ],
+)
+def test_voxels_that_may_be_shifted_are_rejected(suffix, skip, more, tmp_path):
+    path = write_raw(tmp_path, suffix, skip, np.zeros((3, 4, 5)), **more)
+    with pytest.raises(RejectedError, match=r"skip|HeaderSize|more than the header"):
+        read_volume(path)
+
+
+def test_a_leading_list_axis_of_nrrd_holds_channels(tmp_path):
+    channels = np.random.default_rng(0).integers(-900, 400, (2, 3, 4, 5))
+    volume = read_volume(write_raw(tmp_path, ".nrrd", "kinds: list domain domain domain", np.moveaxis(channels, 0, -1)))
+    np.testing.assert_array_equal(volume.array, channels)
+    assert volume.grid.shape_vox_zyx == (3, 4, 5)
