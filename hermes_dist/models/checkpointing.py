@@ -2,7 +2,7 @@
 
 | mode | recomputed | kept |
 |---|---|---|
-| `none` | norm and ReLU only (part of the residual block itself) | inputs of both convolutions of a block |
+| `none` | norm and ReLU of residual blocks, the features' MLP of Hermes-R's fusion | inputs of both convolutions of a block |
 | `selective` | the first convolution of a residual block, and everything of an attention block | block inputs |
 | `blocks` | every residual and attention block | block inputs |
 | `full` | every stage | stage inputs |

@@ -176,7 +176,8 @@ def start(config: Config) -> Runtime:
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
     os.environ.setdefault("RANK", str(place.rank))
     os.environ.setdefault("WORLD_SIZE", str(place.world_size))
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))  # srun does not say it; the data workers need it
+    if place.launcher == "srun":  # the others say it themselves; the data workers and evaluation ask for it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world_size))
     device = _choose_device(place)
     threads = _choose_threads(place, device)
     limit_s = config.train.step_limit_s

@@ -68,8 +68,8 @@ def _fusion(
     for i in range(FUSION_DEPTH[place]):
         flops = tokens_read + (features_read if halves == 2 else 0)
         # Per voxel: key-value norm, keys and values; query norm, queries, attention's result twice (as heads and as rows), two
-        # sums; a norm keeps its input, which is one of the sums. The features' MLP is redone: its FLOPs (0.3 % of a step) are not
-        # counted.
+        # sums; a norm keeps its input, which is one of the sums. The features' MLP is redone: its FLOPs (0.3 to 0.4 % of
+        # a step by these formulas) are not counted.
         kept = voxels * (width + 2 * inner + (halves - 1) * (3 * width + 3 * inner)) + tokens * 14 * width
         output = voxels * width + tokens * width
         yield Layer(f"{place}.{i}", "fusion", half * halves, flops, output, kept, output, flops)

@@ -16,13 +16,7 @@ from data_tools.journal import Journal
 from hermes_dist.errors import StoreError, UsageError
 from hermes_dist.shards.storage import LocalStorage
 from hermes_dist.shards.store import create_store, open_store
-
-QUIET = {"say": lambda text: None}
-
-
-def run(source, out, **settings):
-    collection = collection_of_sources([source], known_splits=existing_splits(str(out)))
-    return convert(collection, str(out), Settings(**settings), **QUIET)
+from tests.data_tools.conversion import QUIET, run
 
 
 def voxels(out):

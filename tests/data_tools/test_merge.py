@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from data_tools.collection import collection_of_sources
-from data_tools.convert import Settings, convert, existing_splits, in_part, merge
+from data_tools.convert import in_part, merge
 from data_tools.journal import Journal
 from hermes_dist.errors import StoreError
 from hermes_dist.shards.store import open_store
 from hermes_dist.shards.verify import case_problems
 from hermes_dist.shards.writer import StoreWriter
-
-QUIET = {"say": lambda text: None}
-
-
-def run(source, out, *, spacing=None, **settings):
-    collection = collection_of_sources([source], known_splits=existing_splits(str(out)))
-    if spacing:
-        collection.preprocessing = collection.preprocessing.model_copy(update={"spacing_mm_zyx": (spacing,) * 3})
-    return convert(collection, str(out), Settings(**settings), **QUIET)
+from tests.data_tools.conversion import run
 
 
 def spacings(out):

@@ -8,10 +8,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from hermes_dist.config import validate
 from hermes_dist.errors import WaitTimeoutError
-from hermes_dist.parallel.runtime import Runtime, interface_towards, start
+from hermes_dist.parallel.runtime import STOP_SIGNALS, Runtime, interface_towards, start
 
 
 def test_collectives_of_one(runtime: Runtime) -> None:
@@ -29,6 +30,21 @@ def test_signals_ask_to_stop_and_handlers_are_restored(number: signal.Signals) -
     assert session.stop_requested
     session.close()
     assert signal.getsignal(number) == before
+
+
+def test_ranks_that_stop_ignore_what_srun_sends_them_then(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that died of the signal would hide exit code 75."""
+    kept = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    session = start(validate({}))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)  # the group of one is the fixture's
+    session.world_size = 2
+    session.stop_requested = True
+    try:
+        session.close()
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signal.SIG_IGN] * 2
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def test_only_lost_peers_are_explained(runtime: Runtime) -> None:

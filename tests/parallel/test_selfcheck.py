@@ -12,6 +12,15 @@ def test_sound_here() -> None:
     assert selfcheck.check_conv3d(torch.device("cpu")) == []
 
 
+def test_emulated_bf16_of_an_old_gpu_is_neither_used_nor_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says yes for a V100 or T4 unless it is asked about the hardware."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    monkeypatch.setattr(selfcheck, "relative_error", lambda device: 1.0)
+    assert not selfcheck.has_fast_bf16(torch.device("cuda"))
+    assert selfcheck.check_conv3d(torch.device("cuda")) == []
+
+
 def test_a_wrong_result_is_reported_with_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(image: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
         out = torch.nn.functional.conv3d(image, weight, padding=padding)

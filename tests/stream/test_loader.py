@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from hermes_dist.errors import ConfigError, QuarantineLimitError, StreamError, WaitTimeoutError
+from hermes_dist.shards.store import open_store
 from hermes_dist.stream import loader
-from hermes_dist.stream.loader import attribute_wait
+from hermes_dist.stream.loader import attribute_wait, open_stream
 from tests.stream.tools import make_config, real_samples, steps
 
 
@@ -91,6 +93,26 @@ def test_a_wait_has_a_limit_and_says_for_what(store_paths: dict[str, Path]) -> N
     with pytest.raises(WaitTimeoutError, match=r"sample of position 0 \(step 0, backend inline"):
         steps(config, store_paths["zarr"])
     assert time.monotonic() - began < 15
+
+
+def test_what_passed_before_anybody_waited_does_not_count(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a long evaluation the last sample is old, and that is nobody's fault."""
+    config = make_config(train__max_steps=2, stream__prefetch=100)
+    store = open_store(str(store_paths["zarr"]))
+    tasks = store.collection.tasks
+    with open_stream(config, [store], tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
+        stream._thread.join(60)  # all has been read
+        stream._progress -= 1000
+        get, asked = stream._ready.get, []
+
+        def late(*args: Any, **more: Any) -> Any:
+            asked.append(more)
+            if len(asked) == 1:
+                raise queue.Empty
+            return get(*args, **more)
+
+        monkeypatch.setattr(stream._ready, "get", late)
+        assert next(iter(stream)).step == 0
 
 
 def test_waits_are_attributed(store_paths: dict[str, Path]) -> None:
