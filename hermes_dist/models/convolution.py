@@ -29,6 +29,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which autocast wants matrix products of `x`; its own where autocast is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def avoids_onednn(x: Float[Tensor, "B C Z Y X"]) -> bool:
     """Would torch leave oneDNN for this map, although it is the faster one forward?"""
     return (
@@ -49,15 +55,26 @@ def conv(a: Float[Tensor, "B I Z Y X"], weight: Float[Tensor, "O I k k k"]) -> F
     return functional.conv3d(a, weight, padding=weight.shape[-1] // 2)
 
 
-def conv_backward(
-    g: Float[Tensor, "B O Z Y X"], a: Float[Tensor, "B I Z Y X"], weight: Float[Tensor, "O I k k k"], want: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `a` and of the weight, each where wanted."""
+def data_gradient(
+    g: Float[Tensor, "B O Z Y X"], like: Float[Tensor, "B I Z Y X"], weight: Float[Tensor, "O I k k k"]
+) -> Float[Tensor, "B I Z Y X"]:
+    """Gradient of the convolved map; `like` lends its shape only."""
+    if avoids_onednn(like) and like.shape[2] % 2 == 0:
+        return conv(g, weight.to(g.dtype).flip(2, 3, 4).transpose(0, 1).contiguous())
+    ga = _backward(g, like, weight, [weight.shape[-1] // 2] * 3, (True, False))[0]
+    assert ga is not None
+    return ga
+
+
+def weight_gradient(
+    g: Float[Tensor, "B O Z Y X"], a: Float[Tensor, "B I Z Y X"], weight: Float[Tensor, "O I k k k"]
+) -> Float[Tensor, "O I k k k"]:
+    """Gradient of the kernel, for the convolved map `a`."""
     if avoids_onednn(a) and a.shape[2] % 2 == 0:
-        ga = _data_gradient(g, weight.to(g.dtype)) if want[0] else None
-        return ga, _weight_gradient(g, a, weight) if want[1] else None
-    ga, gw, _ = _backward(g, a, weight, [weight.shape[-1] // 2] * 3, want)
-    return ga, gw
+        return _in_two_halves(g, a, weight)
+    gw = _backward(g, a, weight, [weight.shape[-1] // 2] * 3, (False, True))[1]
+    assert gw is not None
+    return gw
 
 
 def _backward(g: Tensor, a: Tensor, weight: Tensor, pad: list[int], want: tuple[bool, bool]) -> Sequence[Tensor | None]:
@@ -65,12 +82,7 @@ def _backward(g: Tensor, a: Tensor, weight: Tensor, pad: list[int], want: tuple[
     return _aten.convolution_backward(g, a, weight.to(a.dtype), None, [1] * 3, pad, [1] * 3, False, [0] * 3, 1, mask)
 
 
-def _data_gradient(g: Float[Tensor, "1 O Z Y X"], weight: Float[Tensor, "O I k k k"]) -> Float[Tensor, "1 I Z Y X"]:
-    """The convolution of `g` with the mirrored, transposed kernel."""
-    return conv(g, weight.flip(2, 3, 4).transpose(0, 1).contiguous())
-
-
-def _weight_gradient(
+def _in_two_halves(
     g: Float[Tensor, "1 O Z Y X"], a: Float[Tensor, "1 I Z Y X"], weight: Float[Tensor, "O I k k k"]
 ) -> Float[Tensor, "O I k k k"]:
     """The sum over two halves of the map, as a batch of two: upper and lower planes with the margin that the kernel needs."""
@@ -93,7 +105,8 @@ class _Conv(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        return conv_backward(g, x, weight, ctx.needs_input_grad[:2])
+        want_x, want_weight = ctx.needs_input_grad[:2]
+        return data_gradient(g, x, weight) if want_x else None, weight_gradient(g, x, weight) if want_weight else None
 
 
 class Conv3d(nn.Conv3d):

@@ -7,6 +7,7 @@ times channels: column sums are pairwise, so exact to about 1e-7, and fast.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +41,12 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def normalise(x: Float[Tensor, "B N C"], eps: float) -> tuple[Float[Tensor, "B N C"], Statistics]:
-    """(x - mean) / sqrt(var + eps) per sample and channel, in float32 or wider, and the statistics."""
+def normalise(
+    x: Float[Tensor, "B N C"], eps: float, *, overwrite: bool = False
+) -> tuple[Float[Tensor, "B N C"], Statistics]:
+    """(x - mean) / sqrt(var + eps) per sample and channel, in float32 or wider, and the statistics; over x if it may be."""
     mean = x.sum(1, keepdim=True, dtype=_wide(x)).div_(x.shape[1])
-    centred = x - mean
+    centred = torch.sub(x, mean, out=x if overwrite and x.dtype == mean.dtype else None)
     invstd = column_dot(centred, centred).div_(x.shape[1]).add_(eps).rsqrt_()
     return centred.mul_(invstd), Statistics(mean, invstd)
 
@@ -54,35 +57,50 @@ def normalise_again(x: Float[Tensor, "B N C"], stats: Statistics, *, overwrite: 
     return torch.addcmul(-stats.mean * stats.invstd, x, stats.invstd, out=over)
 
 
+def _in_cache(*maps: Float[Tensor, "B N C"]) -> Iterator[tuple[Float[Tensor, "B n C"], ...]]:
+    """Some rows of the maps at a time: on a CPU what is computed of them stays in its cache, and is never a map."""
+    rows = _CACHED_ROWS if maps[0].device.type == "cpu" else maps[0].shape[1]
+    return zip(*(m.split(rows, 1) for m in maps), strict=True)
+
+
 def column_dot(x: Float[Tensor, "B N C"], y: Float[Tensor, "B N C"]) -> Float[Tensor, "B 1 C"]:
-    """The sum of x · y over the voxels, some rows at a time: on a CPU the products stay in its cache, and are never a map."""
-    rows = _CACHED_ROWS if x.device.type == "cpu" else x.shape[1]
-    pieces = [(p * q).sum(1, keepdim=True) for p, q in zip(x.split(rows, 1), y.split(rows, 1), strict=True)]
-    return pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0)
+    """The sum of x · y over the voxels."""
+    return _total([(p * q).sum(1, keepdim=True) for p, q in _in_cache(x, y)])
+
+
+def _total(pieces: Sequence[Float[Tensor, "B 1 C"]]) -> Float[Tensor, "B 1 C"]:
+    return pieces[0] if len(pieces) == 1 else torch.stack(tuple(pieces)).sum(0)
 
 
 def nr_backward(
-    g: Float[Tensor, "B N C"], x: Float[Tensor, "B N C"], stats: Statistics, *, overwrite: bool = False
+    g: Float[Tensor, "B N C"], x: Float[Tensor, "B N C"], stats: Statistics, *, relu: bool = True
 ) -> Float[Tensor, "B N C"]:
-    """Gradient of ReLU(InstanceNorm(x)) with respect to x.
+    """Gradient of ReLU(InstanceNorm(x)), or of InstanceNorm(x), with respect to x.
+
+    With n = InstanceNorm(x), the norm's own is (g - mean(g) - n · mean(g · n)) / std. n is made twice, piece by piece: a second
+    map in memory costs more than the arithmetic.
 
     Args:
-        g: gradient of the result; overwritten.
-        x: the input; may be overwritten if `overwrite`.
+        g: gradient of the result; the gradient of x is written over it.
+        x: the input.
         stats: its statistics.
+        relu: a ReLU followed the norm.
     """
-    normed = normalise_again(x, stats, overwrite=overwrite)
-    g = _aten.threshold_backward.grad_input(g, normed, 0, grad_input=g)
-    return normalise_backward(g, normed, stats)
-
-
-def normalise_backward(g: Float[Tensor, "B N C"], normed: Float[Tensor, "B N C"], stats: Statistics) -> Float[Tensor, "B N C"]:
-    """Gradient of InstanceNorm: (g - mean(g) - normed · mean(g · normed)) / std, written over `normed`."""
-    n = g.shape[1]
-    g_mean = g.sum(1, keepdim=True, dtype=normed.dtype).div_(n)
-    g_slope = column_dot(g, normed).div_(n)
-    torch.addcmul(-g_mean * stats.invstd, normed, -g_slope * stats.invstd, out=normed)
-    return normed.addcmul_(g, stats.invstd)
+    sums: list[Tensor] = []
+    slopes: list[Tensor] = []
+    for g_rows, x_rows in _in_cache(g, x):
+        normed = normalise_again(x_rows, stats)
+        if relu:
+            _aten.threshold_backward.grad_input(g_rows, normed, 0, grad_input=g_rows)
+        sums.append(g_rows.sum(1, keepdim=True, dtype=normed.dtype))
+        slopes.append(normed.mul_(g_rows).sum(1, keepdim=True))
+    scale = stats.invstd / g.shape[1]
+    shift, slope = -_total(sums) * scale, -_total(slopes) * scale
+    for g_rows, x_rows in _in_cache(g, x):
+        normed = normalise_again(x_rows, stats)
+        torch.addcmul(shift, normed, slope, out=normed)
+        torch.addcmul(normed, g_rows, stats.invstd, out=g_rows)
+    return g
 
 
 class _Norm(Function):
@@ -101,14 +119,10 @@ class _Norm(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, invstd = ctx.saved_tensors
-        stats = Statistics(mean, invstd)
         with torch.autocast(g.device.type, enabled=False):
-            normed = normalise_again(rows_of(x), stats)
-            rows = rows_of(g)
-            if ctx.relu:
-                rows = rows * (normed > 0)
-            gx = normalise_backward(rows, normed, stats)
-        return map_of(gx.to(x.dtype), x), None, None
+            rows = rows_of(g).to(x.dtype).clone(memory_format=torch.contiguous_format)
+            gx = nr_backward(rows, rows_of(x), Statistics(mean, invstd), relu=ctx.relu)
+        return map_of(gx, x), None, None
 
 
 def instance_norm(x: Float[Tensor, "B C *grid"], *, eps: float, relu: bool = False) -> Float[Tensor, "B C *grid"]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional
 
+from hermes_dist.models.convolution import compute_dtype
 from hermes_dist.models.ids import Columns
 
 PLACES: tuple[str, ...] = ("enc4", "enc8", "enc16", "dec8", "dec4")
@@ -76,10 +79,30 @@ class PrototypeHead(nn.Module):
         return dot_product(self.fc4(functional.gelu(self.fc3(x))), features)
 
 
+class _DotProduct(Function):
+    """prototypes @ rowsᵀ; the gradient of the rows is made as rows, so that a channels-last map gets a channels-last gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, prototypes: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(prototypes, rows)
+        return torch.bmm(prototypes, rows.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        prototypes, rows = ctx.saved_tensors
+        want_prototypes, want_rows = ctx.needs_input_grad
+        with torch.autocast(g.device.type, enabled=False):
+            g_prototypes = torch.bmm(g, rows) if want_prototypes else None
+            return g_prototypes, torch.bmm(g.transpose(1, 2), prototypes) if want_rows else None
+
+
 def dot_product(prototypes: Float[Tensor, "B T C"], features: Float[Tensor, "B C Z Y X"]) -> Float[Tensor, "B T Z Y X"]:
     """Logits of every prototype at every voxel; reads channels-last features without a copy."""
-    rows = features.permute(0, 2, 3, 4, 1).flatten(1, 3)
-    return torch.bmm(prototypes.to(rows.dtype), rows.transpose(1, 2)).unflatten(2, features.shape[2:])
+    dtype = compute_dtype(features)
+    rows = features.permute(0, 2, 3, 4, 1).flatten(1, 3).to(dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        return _DotProduct.apply(prototypes.to(dtype), rows).unflatten(2, features.shape[2:])
 
 
 class ModalityHead(nn.Module):

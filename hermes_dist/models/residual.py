@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional
 
-from hermes_dist.models.convolution import channels_last, conv, conv_backward
+from hermes_dist.models.convolution import channels_last, compute_dtype, conv, data_gradient, weight_gradient
 from hermes_dist.models.instance_norm import Statistics, map_of, normalise, normalise_again, nr_backward, rows_of
 
 _aten = torch.ops.aten
@@ -49,11 +49,6 @@ def upsample(x: Float[Tensor, "B C z y x"], grid_vox_zyx: Sequence[int]) -> Floa
     return channels_last(up).to(x.dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def _full_map(part: _Part) -> Tensor:
     return part.values if part.upsample_to is None else upsample(part.values, part.upsample_to)
 
@@ -64,18 +59,22 @@ def _first_half(parts: Sequence[_Part], weights: Sequence[Tensor], dtype: torch.
     statistics: list[Statistics] = []
     start = 0
     for part in parts:
-        x = _full_map(part)
-        a, stats = _nr(x, dtype)
+        a, stats = _nr(_full_map(part), dtype, overwrite=part.upsample_to is not None)
         statistics.append(stats)
-        stop = start + x.shape[1]
-        results = [conv(a, w[:, start:stop]) for w in weights]
-        sums = [s.add_(r) for s, r in zip(sums, results, strict=True)] if sums else results
+        stop = start + part.values.shape[1]
+        for i, w in enumerate(weights):  # one result at a time
+            result = conv(a, w[:, start:stop])
+            if start:
+                sums[i].add_(result)
+            else:
+                sums.append(result)
+            del result
         start = stop
     return sums, statistics
 
 
-def _nr(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Statistics]:
-    normed, stats = normalise(rows_of(x), NORM_EPS)
+def _nr(x: Tensor, dtype: torch.dtype, *, overwrite: bool = False) -> tuple[Tensor, Statistics]:
+    normed, stats = normalise(rows_of(x), NORM_EPS, overwrite=overwrite)
     return map_of(normed.relu_().to(dtype), x), stats
 
 
@@ -84,17 +83,19 @@ def _conv_unit_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the full map and of the weight for conv(nr(map)), each where wanted.
 
-    Keeps few maps at a time: the map is made twice where it is upsampled, and nr is redone twice, over the map where it is ours.
+    Keeps few maps at a time: one gradient after the other, and a map that is upsampled is made for each.
     """
-    ours = part.upsample_to is not None
-    a = _redo_nr(_full_map(part), stats, g.dtype, overwrite=ours)
-    ga, gw = conv_backward(g, a, weight, want)
-    del a
-    if ga is None:
+    gw = None
+    if want[1]:
+        a = _redo_nr(_full_map(part), stats, g.dtype, overwrite=part.upsample_to is not None)
+        gw = weight_gradient(g, a, weight)
+        del a
+    if not want[0]:
         return None, gw
     x = _full_map(part)
-    gx = nr_backward(rows_of(channels_last(ga)), rows_of(x), stats, overwrite=ours)
-    return map_of(gx.to(x.dtype), x), gw
+    ga = data_gradient(g, x if x.dtype == g.dtype else torch.empty_like(x, dtype=g.dtype), weight)
+    gx = nr_backward(rows_of(channels_last(ga.to(x.dtype))), rows_of(x), stats)
+    return map_of(gx, x), gw
 
 
 def _redo_nr(x: Tensor, stats: Statistics, dtype: torch.dtype, *, overwrite: bool) -> Tensor:
@@ -119,7 +120,7 @@ class _ResidualBlock(Function):
         values, (w1, w2, shortcut) = [t for t in tensors[:n_parts] if t is not None], tensors[n_parts:]
         assert w1 is not None
         assert w2 is not None
-        dtype = _compute_dtype(values[0])
+        dtype = compute_dtype(values[0])
         parts = _parts(values, len(w1))
         with torch.autocast(values[0].device.type, enabled=False):
             firsts, statistics = _first_half(parts, [w1] if shortcut is None else [w1, shortcut], dtype)

@@ -2,7 +2,8 @@
 
 `side` = `baseline` (tests/bench/model_baseline.py) or an activation checkpointing mode of Hermes-R. Prints one JSON line:
 cpu_s, wall_s of the fastest step; peak_mib, resident memory above that after the imports; activation_mib, resident memory of the
-step above that with the model and its gradients in place; loss and grad_norm, for comparing the numbers.
+step above that with the model and its gradients in place; tensor_mib, the most that the step's tensors held at one time, of one more
+step; loss and grad_norm, for comparing the numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from live_tensors import LiveTensors
 from model_baseline import BaselineHermesR, baseline_pair_losses
 from torch import Tensor, nn
 
@@ -35,8 +37,8 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def step(model: nn.Module, baseline: bool, image: Tensor, task_ids: Tensor, targets: Tensor) -> Tensor:
-    """Forward, loss and backward; returns the loss."""
+def loss_of(model: nn.Module, baseline: bool, image: Tensor, task_ids: Tensor, targets: Tensor) -> Tensor:
+    """Forward pass and loss, as the engine calls them: the logits outlive this function only where autograd keeps them."""
     modality_ids = torch.zeros(len(image), dtype=torch.int64)
     if baseline:
         logits, modality = model(image, task_ids, modality_ids)
@@ -45,7 +47,12 @@ def step(model: nn.Module, baseline: bool, image: Tensor, task_ids: Tensor, targ
         logits, _, modality = model(image, task_ids, modality_ids)
         bce, overlap = pair_losses(logits, targets, overlap="tversky")
     real = task_ids >= 0
-    loss = (bce + overlap)[real].mean() + 0.01 * nn.functional.cross_entropy(modality, modality_ids)
+    return (bce + overlap)[real].mean() + 0.01 * nn.functional.cross_entropy(modality, modality_ids)
+
+
+def step(model: nn.Module, baseline: bool, image: Tensor, task_ids: Tensor, targets: Tensor) -> Tensor:
+    """Forward, loss and backward; returns the loss."""
+    loss = loss_of(model, baseline, image, task_ids, targets)
     loss.backward()
     return loss.detach()
 
@@ -80,11 +87,16 @@ def main() -> None:
         loss = step(model, baseline, image, task_ids, targets)
         best = min(best, (time.process_time() - cpu, time.perf_counter() - wall))
     grad_norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    memory = {"peak_mib": resident_mib("VmHWM") - start_mib, "activation_mib": resident_mib("VmHWM") - model_mib}
+    weights = list(model.parameters())
+    live = LiveTensors([image, targets, *weights, *(p.grad for p in weights if p.grad is not None)])
+    with live:
+        step(model, baseline, image, task_ids, targets)
     row = {
         "cpu_s": best[0],
         "wall_s": best[1],
-        "peak_mib": resident_mib("VmHWM") - start_mib,
-        "activation_mib": resident_mib("VmHWM") - model_mib,
+        **memory,
+        "tensor_mib": live.peak_bytes / 2**20,
         "loss": loss.item(),
         "grad_norm": grad_norm.item(),
     }
