@@ -41,9 +41,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def normalise(
-    x: Float[Tensor, "B N C"], eps: float, *, overwrite: bool = False
-) -> tuple[Float[Tensor, "B N C"], Statistics]:
+def normalise(x: Float[Tensor, "B N C"], eps: float, *, overwrite: bool = False) -> tuple[Float[Tensor, "B N C"], Statistics]:
     """(x - mean) / sqrt(var + eps) per sample and channel, in float32 or wider, and the statistics; over x if it may be."""
     mean = x.sum(1, keepdim=True, dtype=_wide(x)).div_(x.shape[1])
     centred = torch.sub(x, mean, out=x if overwrite and x.dtype == mean.dtype else None)
