@@ -1,8 +1,9 @@
 """Hermes-R against a straightforward eager implementation of the same arithmetic: CPU seconds and peak memory of a training step.
 
 Both sides run in fresh processes with the same weights, inputs and threads; time is the CPU seconds of forward + loss + backward
-(wall seconds are printed too). Run it on an idle machine: threads that wait for each other spin, and that counts. Memory is the peak resident set above the imports; what the step's tensors held at one time is
-printed beside it, which does not depend on the allocator.
+(wall seconds are printed too). Run it on an idle machine: threads that wait for each other spin, and that counts. Memory is the
+peak resident set above the imports; what the step's tensors held at one time is printed beside it, which does not depend on the
+allocator.
 """
 
 from __future__ import annotations
