@@ -135,11 +135,7 @@ def _curves(files: RunFiles) -> str:
         return line_chart(title, [Series(name, *files.column(key)) for key, name in keys.items()], unit=unit)
 
     rows = sorted(files.steps.items())
-    names = list(dict.fromkeys(n for _, row in rows for n in row.get("datasets", {})))
-    per_dataset = [
-        Series(n, *zip(*[(s, r["datasets"][n]["loss_dice"]) for s, r in rows if n in r.get("datasets", {})], strict=True))
-        for n in names
-    ]
+    per_dataset = [Series(name, *zip(*points, strict=True)) for name, points in _dice_losses(rows).items()]
     waits = [(s, r["data_wait_s"] / r["step_s"]) for s, r in rows if r.get("step_s") and "data_wait_s" in r]
     evaluated = [(s, r["mean"]["dice"]) for s, r in sorted(files.history.items()) if r["mean"]["dice"] is not None]
     charts = [
@@ -160,6 +156,16 @@ def _curves(files: RunFiles) -> str:
     ]
     drawn = "".join(charts)
     return f'<section><h2>Training</h2><div class="charts">{drawn}</div></section>' if drawn else ""
+
+
+def _dice_losses(rows: Sequence[tuple[float, Json]]) -> dict[str, list[tuple[float, float]]]:
+    """(step, Dice loss) of each dataset, from the steps that held it."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for step, row in rows:
+        for name, losses in row.get("dataset_loss", {}).items():
+            if losses.get("dice") is not None:  # a NaN is null in the file
+                found.setdefault(name, []).append((step, losses["dice"]))
+    return found
 
 
 def _details(files: RunFiles, split: str) -> str:

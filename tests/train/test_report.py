@@ -7,12 +7,18 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from hermes_dist.config import Config
 from hermes_dist.errors import ConfigError
+from hermes_dist.parallel.engine import StepStats
+from hermes_dist.stream.batch import StepBatch
 from hermes_dist.train import evaluate as ev
+from hermes_dist.train.record import LossSums, StepRecord
 from hermes_dist.train.report import write_overview, write_report
 from hermes_dist.train.report_curves import Series, binned, line_chart, ticks
 from tests.train.tiny_run import TASKS, Oracle, make_config, make_store
@@ -27,12 +33,19 @@ def run_dir(tmp_path: Path) -> Path:
     (config.run_dir / "tasks.json").write_text(json.dumps(TASKS.to_json()))
     with open(config.run_dir / "metrics.jsonl", "w") as file:
         for step in range(60):
-            row = {"step": step, "loss": 1 / (1 + step / 9), "loss_bce": 0.3, "lr": 1e-3, "step_s": 0.5, "data_wait_s": 0.01}
-            row |= {"samples_per_s": 8.0, "loss_modality": None, "datasets": {"organs": {"loss_dice": 0.9 - step / 99}}}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row_of(config, step)) + "\n")
         file.write('{"step": 60, "los')
     ev.evaluate(Oracle(TASKS, shift=1).eval(), ev.Job(config.run_dir, config, [make_store(tmp_path / "s")], TASKS, "test", "x"))
     return config.run_dir
+
+
+def row_of(config: Config, step: int) -> dict[str, Any]:
+    """The line of a step as the trainer writes it; `brains` is in every other one."""
+    sums = LossSums.zeros(TASKS, torch.device("cpu"))
+    sums.per_class[:] = torch.tensor([0.3, 0.9 - step / 99, 1 / (1 + step / 9), 1.0])[:, None]
+    sums.per_class[:, 2:] *= step % 2
+    batch = StepBatch(step, [], 4, 1, np.zeros(4, np.int64), np.zeros(4, np.int64), data_wait_s=0.01)
+    return StepRecord(batch, StepStats(1.0, False), sums, 1e-3, "", 4, 0.5).row(config, TASKS)
 
 
 class Checker(HTMLParser):
@@ -65,7 +78,8 @@ def test_report_is_complete_and_self_contained(run_dir):
     assert all(v.startswith("data:image/png;base64,") for v in checker.loaded)
     assert "<script" not in text
     assert "http" not in text
-    for expected in ("organs", "tumour", "brains", "Dice", "HD95", "missed", "Throughput", "Loss", "median case", "predict.py"):
+    words = ("organs", "tumour", "brains", "Dice", "HD95", "missed", "Throughput", "Loss", "median case", "predict.py")
+    for expected in (*words, "Dice loss per dataset"):
         assert expected in text
     mean = json.loads((run_dir / "evaluation" / "test.json").read_text())["mean"]["dice"]
     assert f"{mean:.3f}" in text
