@@ -279,8 +279,8 @@ class MonitorConfig(Section):
     """Address that the metrics endpoint binds to."""
     prometheus_port: int = Field(default=9400, ge=-1, le=65535)
     """First port; rank r listens at port + r. 0 = any free port, -1 = off."""
-    pushgateway: str | None = None
-    """Pushgateway URL for batch systems."""
+    pushgateway: str | None = Field(default=None, pattern=r"^(https?://)?(\[[\da-fA-F:.]+\]|[^\s/:@\[\]]+)(:\d{1,5})?(/\S*)?$")
+    """Pushgateway for batch systems, `http://HOST:9091`."""
     tensorboard: bool = False
     """Write TensorBoard events into the run directory."""
 

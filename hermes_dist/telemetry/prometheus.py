@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import socket
@@ -20,7 +21,15 @@ from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, push_to_gateway, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    delete_from_gateway,
+    push_to_gateway,
+    start_http_server,
+)
 
 from hermes_dist.errors import nearest
 from hermes_dist.telemetry.metrics import METRICS, RUN_LABELS
@@ -107,23 +116,28 @@ class TargetsFile:
 
     def __init__(self, run_dir: Path, rank: int, world_size: int) -> None:
         self._path, self._rank, self._world_size = run_dir / TARGETS_FILE, rank, world_size
+        self._address = ""
 
     def register(self, address: str) -> None:
         """Write this rank's address; entries of ranks beyond the world size (an earlier, larger start) go."""
-        self._update([{"targets": [address], "labels": {"target_rank": str(self._rank)}}])
+        self._address = address
+        others = {str(rank) for rank in range(self._world_size)} - {str(self._rank)}
+        mine = [{"targets": [address], "labels": {"target_rank": str(self._rank)}}]
+        self._update(lambda entry: entry["labels"]["target_rank"] in others, mine)
         self._link()
 
     def remove(self) -> None:
-        """Take this rank's entry out, so that a finished run is not reported as down."""
-        self._update([])
+        """Take this endpoint out, so that a finished run is not reported as down.
 
-    def _update(self, mine: list[dict[str, Any]]) -> None:
+        By its address: another process that writes to the same run directory may have the entry of this rank by now.
+        """
+        self._update(lambda entry: entry["targets"] != [self._address], [])
+
+    def _update(self, keep: Callable[[dict[str, Any]], bool], mine: list[dict[str, Any]]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with (self._path.parent / f".{TARGETS_FILE}.lock").open("w") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
-            others = [
-                e for e in self._read() if int(e["labels"]["target_rank"]) not in (self._rank, *range(self._world_size, 1 << 20))
-            ]
+            others = [entry for entry in self._read() if keep(entry)]
             entries = sorted(others + mine, key=lambda e: int(e["labels"]["target_rank"]))
             temporary = self._path.with_suffix(".tmp")
             with temporary.open("w") as file:
@@ -157,7 +171,11 @@ def _link_from(folder: Path, name: str, target: Path) -> None:
 
 
 class Pusher:
-    """Sends the registry to a Pushgateway every 15 s from a thread: for batch systems where nobody can scrape."""
+    """Sends the registry to a Pushgateway every 15 s from a thread: for batch systems where nobody can scrape.
+
+    The gateway keeps what it was given for ever, so the end of a run takes its group out again: else the numbers of a finished
+    run would stand still there, and raise the alert of one that hangs.
+    """
 
     def __init__(self, url: str, registry: CollectorRegistry, grouping: dict[str, str], on_error: Callable[[], None]) -> None:
         self._url, self._registry, self._grouping, self._on_error = url, registry, grouping, on_error
@@ -167,13 +185,15 @@ class Pusher:
         self._thread.start()
 
     def _loop(self) -> None:
-        while not self._stop.wait(PUSH_EVERY_S):
-            self._push()
+        while True:  # the first push at once: a gateway that does not answer is named at the start
+            self._try(functools.partial(push_to_gateway, registry=self._registry))
+            if self._stop.wait(PUSH_EVERY_S):
+                return
 
-    def _push(self) -> None:
+    def _try(self, call: Callable[..., None]) -> None:
         try:
-            push_to_gateway(self._url, job="hermes", registry=self._registry, grouping_key=self._grouping, timeout=PUSH_LIMIT_S)
-        except OSError as error:  # URLError and time-outs included: monitoring must not stop a training
+            call(self._url, job="hermes", grouping_key=self._grouping, timeout=PUSH_LIMIT_S)
+        except Exception as error:  # time-outs, answers that are not HTTP, …: monitoring must not stop a training
             self._on_error()
             if not self._warned:
                 print(
@@ -184,7 +204,7 @@ class Pusher:
                 self._warned = True
 
     def close(self) -> None:
-        """A last push, so that the end of the run is seen."""
+        """Stop pushing, and delete what was pushed."""
         self._stop.set()
         self._thread.join(timeout=PUSH_LIMIT_S + 1)
-        self._push()
+        self._try(delete_from_gateway)

@@ -66,12 +66,13 @@ class Prometheus:
 
 
 @contextmanager
-def running(folder: Path, runs: Path) -> Iterator[Prometheus]:
-    """The committed configuration with faster scraping, pointed at `runs`; stopped at the end."""
+def running(folder: Path, runs: Path, pushgateway: str = "127.0.0.1:1") -> Iterator[Prometheus]:
+    """The committed configuration with faster scraping, pointed at `runs` and at a Pushgateway; stopped at the end."""
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "2s"}
     config["rule_files"] = [str(MONITORING / "alerts" / "rules.yml")]
     config["scrape_configs"][0]["file_sd_configs"] = [{"files": [f"{runs}/.prometheus/*.json"], "refresh_interval": "1s"}]
+    config["scrape_configs"][1]["static_configs"] = [{"targets": [pushgateway]}]
     folder.mkdir(parents=True)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     port = free_port()

@@ -6,8 +6,10 @@ import json
 import shutil
 import socket
 import threading
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hermes_dist.config import MonitorConfig
+from hermes_dist.config import MonitorConfig, validate
+from hermes_dist.errors import ConfigError
 from hermes_dist.tasks import TaskTable
+from hermes_dist.telemetry import prometheus
 from hermes_dist.telemetry.jsonl import encode, read_rows
 from hermes_dist.telemetry.metrics import METRICS
 from hermes_dist.telemetry.rows import scalars
@@ -180,6 +184,15 @@ def test_every_rank_is_in_the_discovery_file_until_it_closes(tmp_path: Path) -> 
     assert json.loads((tmp_path / "prometheus_targets.json").read_text()) == []
 
 
+def test_the_first_of_two_processes_to_end_leaves_the_entry_of_the_other(tmp_path: Path) -> None:
+    first, second = open_telemetry(tmp_path), open_telemetry(tmp_path)
+    first.close()
+    (entry,) = json.loads((tmp_path / "prometheus_targets.json").read_text())
+    assert entry["targets"] == [second.address]
+    second.close()
+    assert json.loads((tmp_path / "prometheus_targets.json").read_text()) == []
+
+
 def test_members_of_a_sweep_are_linked_where_prometheus_looks(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     sweep = open_telemetry(runs / "study")
@@ -235,35 +248,73 @@ def test_minus_one_turns_the_endpoint_off(tmp_path: Path) -> None:
     assert not (tmp_path / "prometheus_targets.json").exists()
 
 
-def test_the_pushgateway_gets_the_last_state(tmp_path: Path) -> None:
-    seen: list[tuple[str, bytes]] = []
+@contextmanager
+def gateway(status: bytes = b"200 OK") -> Iterator[tuple[str, list[tuple[str, str, bytes]]]]:
+    """(address, requests) of a server that takes what is pushed: method, path and body of each."""
+    seen: list[tuple[str, str, bytes]] = []
 
     class Gateway(BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
-            seen.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
+            seen.append((self.command, self.path, self.rfile.read(int(self.headers["Content-Length"] or 0))))
+            self.wfile.write(b"HTTP/1.0 " + status + b"\r\n\r\n")
+
+        do_DELETE = do_PUT
 
         def log_message(self, *args: object) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Gateway)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    telemetry = open_telemetry(tmp_path, pushgateway=f"http://127.0.0.1:{server.server_port}", rank=1, world_size=2)
-    telemetry.step(ROW)
-    telemetry.close()
+    yield f"http://127.0.0.1:{server.server_port}", seen
     server.shutdown()
     server.server_close()
-    path, body = seen[-1]
-    assert path == "/metrics/job/hermes/rank/1/run/demo"
-    assert b'hermes_step{rank="1",run="demo"} 7.0' in body
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_pushgateway_gets_the_state_and_loses_it_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prometheus, "PUSH_EVERY_S", 0.05)
+    with gateway() as (url, seen):
+        telemetry = open_telemetry(tmp_path, pushgateway=url, rank=1, world_size=2)
+        telemetry.step(ROW)
+        wait_until(lambda: any(b'hermes_step{rank="1",run="demo"} 7.0' in body for _, _, body in seen))
+        telemetry.close()
+    assert {path for _, path, _ in seen} == {"/metrics/job/hermes/rank/1/run/demo"}
+    assert [method for method, _, _ in seen].index("DELETE") == len(seen) - 1
 
 
 def test_a_silent_pushgateway_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     telemetry = open_telemetry(tmp_path, pushgateway="http://127.0.0.1:1")
     telemetry.step(ROW)
     telemetry.close()
-    assert "training goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("training goes on") == 1
+
+
+@pytest.mark.parametrize("status", [b"500 Out of order", b"what is this"])
+def test_nothing_that_a_pushgateway_answers_stops_the_run(
+    status: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prometheus, "PUSH_EVERY_S", 0.05)
+    with gateway(status) as (url, seen):
+        telemetry = open_telemetry(tmp_path, pushgateway=url)
+        wait_until(lambda: len(seen) > 1)
+        errors = scrape(telemetry)[("hermes_telemetry_errors_total",)]
+        telemetry.close()
+    assert errors >= 1
+    assert capsys.readouterr().err.count("training goes on") == 1
+
+
+def test_an_address_that_no_pushgateway_can_have_is_refused_at_the_start() -> None:
+    for url in ("http://host:port", "http://host :9091", "host:9091 ", "ftp://host", "http://", "http://me:secret@host:9091"):
+        with pytest.raises(ConfigError, match=r"monitor\.pushgateway"):
+            validate({"monitor": {"pushgateway": url}})
+    for url in ("http://host:9091", "https://a.b/push/", "host:9091", "http://[::1]:9091", None):
+        assert validate({"monitor": {"pushgateway": url}}).monitor.pushgateway == url
 
 
 def test_tensorboard_events_hold_nested_numbers(tmp_path: Path) -> None:
