@@ -318,7 +318,8 @@ class Checkpointer:
         if best:
             mark_best(self._run_dir, step)
         if self.telemetry is not None:
-            self.telemetry.set("hermes_checkpoint_timestamp_seconds", now)
+            if self._config.every_steps:  # without a rhythm no age is too old: those at the end and of the best step have none
+                self.telemetry.set("hermes_checkpoint_timestamp_seconds", now)
             self.telemetry.set("hermes_checkpoint_step", step)
             self.telemetry.set("hermes_checkpoint_size_bytes", sum(entry["bytes"] for entry in files.values()))
         try:

@@ -53,7 +53,7 @@ def _rows() -> tuple[Metric, ...]:
         ),
         Metric("hermes_device_peak_flops", "gauge", "", "Peak FLOP/s of this rank's device: from the table, or measured"),
         Metric("hermes_mfu_ratio", "gauge", "ratio", "Model FLOPs per second over the device's peak, last step"),
-        Metric("hermes_parameters", "gauge", "", "Trainable parameters of the model"),
+        Metric("hermes_parameters", "gauge", "", "Trainable parameters of the model, all ranks' parts"),
         Metric("hermes_world_size", "gauge", "", "Ranks of this run"),
         # Step time
         Metric("hermes_step_duration_seconds", "histogram", "seconds", "Wall time of a step", (), STEP_BUCKETS_S),
@@ -77,11 +77,19 @@ def _rows() -> tuple[Metric, ...]:
         Metric("hermes_task_loss", "gauge", "", "Loss of the last step that held this class", ("dataset", "task", "term")),
         Metric("hermes_dataset_samples_total", "counter", "", "Samples drawn from this dataset by this rank", ("dataset",)),
         Metric("hermes_pairs_total", "counter", "", "(sample, task) pairs that this class was trained with", ("dataset", "task")),
+        Metric(
+            "hermes_foreground_pairs_total",
+            "counter",
+            "",
+            "Those of hermes_pairs_total whose crop held a voxel of the class",
+            ("dataset", "task"),
+        ),
         Metric("hermes_learning_rate", "gauge", "", "Learning rate of the last step"),
         Metric("hermes_gradient_norm", "histogram", "", "Global gradient norm before clipping", (), NORM_BUCKETS),
         Metric("hermes_last_gradient_norm", "gauge", "", "Global gradient norm of the last step"),
         Metric("hermes_skipped_steps_total", "counter", "", "Steps skipped because of a NaN or Inf loss or gradient"),
         # Evaluation
+        Metric("hermes_evaluating", "gauge", "", "1 while an evaluation runs and training rests, else 0"),
         Metric("hermes_dice_ratio", "gauge", "ratio", "Dice of the last evaluation", ("split", "dataset", "task")),
         Metric(
             "hermes_nsd_ratio", "gauge", "ratio", "Normalised surface Dice of the last evaluation", ("split", "dataset", "task")
@@ -132,7 +140,7 @@ def _rows() -> tuple[Metric, ...]:
             "hermes_checkpoint_timestamp_seconds",
             "gauge",
             "seconds",
-            "Unix time of the last complete checkpoint, or of the start",
+            "Unix time of the last complete checkpoint, or of the start; only where checkpoint.every_steps > 0",
         ),
         Metric("hermes_checkpoint_step", "gauge", "", "Step of the last complete checkpoint"),
         Metric("hermes_checkpoint_size_bytes", "gauge", "bytes", "Size of the last complete checkpoint, all ranks"),

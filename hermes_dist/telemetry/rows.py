@@ -12,6 +12,7 @@ A row may hold anything; the keys below also reach Prometheus and TensorBoard. A
     task_loss      {"dataset/class": {"bce": x, "dice": x}}
     dataset_samples {dataset: n}                                samples of this rank
     task_pairs     {"dataset/class": n}                         trained (sample, task) pairs of this rank
+    task_foreground {"dataset/class": n}                        those whose crop held a voxel of the class
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ COUNTERS = {
     "voxels": "hermes_voxels_total",
     "flops": "hermes_flops_total",
 }
+PAIRS = {"task_pairs": "hermes_pairs_total", "task_foreground": "hermes_foreground_pairs_total"}
 SCORES = {
     "dice": ("hermes_dice_ratio", 1.0),
     "nsd": ("hermes_nsd_ratio", 1.0),
@@ -102,9 +104,10 @@ def _record_datasets(row: Mapping[str, Any], meters: Meters) -> None:
         for term, value in losses.items():
             if _finite(value):
                 meters.series("hermes_task_loss", {"dataset": dataset, "task": task, "term": term}).set(value)
-    for name, count in (row.get("task_pairs") or {}).items():
-        dataset, _, task = name.partition("/")
-        meters.series("hermes_pairs_total", {"dataset": dataset, "task": task}).inc(count)
+    for key, metric in PAIRS.items():
+        for name, count in (row.get(key) or {}).items():
+            dataset, _, task = name.partition("/")
+            meters.series(metric, {"dataset": dataset, "task": task}).inc(count)
 
 
 def _finite(value: Any) -> bool:

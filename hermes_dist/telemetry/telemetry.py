@@ -10,14 +10,14 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from hermes_dist.config import MonitorConfig
-from hermes_dist.tasks import TaskTable
+from hermes_dist.tasks import DatasetTasks
 from hermes_dist.telemetry import rows
 from hermes_dist.telemetry.jsonl import JsonlFile
 from hermes_dist.telemetry.prometheus import Endpoint, Meters, Pusher, TargetsFile
@@ -69,8 +69,6 @@ class Telemetry:
             self._pusher = Pusher(
                 config.pushgateway, self._meters.registry, grouping, lambda: self.add("hermes_telemetry_errors_total")
             )
-        self.set("hermes_world_size", world_size)
-        self.set("hermes_checkpoint_timestamp_seconds", time.time())
         self._watch_machine()
 
     @property
@@ -78,20 +76,23 @@ class Telemetry:
         """`host:port` of the metrics endpoint, or None where it is off."""
         return f"{self._endpoint.host}:{self._endpoint.port}" if self._endpoint else None
 
-    def declare(self, tasks: TaskTable) -> None:
-        """Start the counters of every dataset and class at zero: one that is never trained is seen to be silent.
+    def declare(self, datasets: Sequence[DatasetTasks]) -> None:
+        """Start the counters of the datasets that have a share of the samples, and of their classes, at zero.
+
+        One that is never trained is seen to be silent.
 
         So are the counters of faults: PromQL's `increase` does not see a series that begins with its first fault.
         """
         self.add("hermes_checkpoint_failures_total", 0)
         for kind, name in EVENT_COUNTERS.items():
             self.add("hermes_stream_events_total", 0, kind=kind)
-            for dataset in tasks.datasets:
+            for dataset in datasets:
                 self.add(name, 0, dataset=dataset.name)
-        for dataset in tasks.datasets:
+        for dataset in datasets:
             self.add("hermes_dataset_samples_total", 0, dataset=dataset.name)
             for name in dataset.class_names:
-                self.add("hermes_pairs_total", 0, dataset=dataset.name, task=name)
+                for metric in rows.PAIRS.values():
+                    self.add(metric, 0, dataset=dataset.name, task=name)
 
     def extend(self, function: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
         """Add the keys that `function` computes from a row (FLOPs, utilisation) to each later one."""
@@ -143,7 +144,7 @@ class Telemetry:
         self._meters.watch(name, function, labels)
 
     def close(self) -> None:
-        """Flush and close all sinks; the endpoint disappears from `prometheus_targets.json`."""
+        """Flush and close all sinks; the endpoint leaves `prometheus_targets.json`, the pushed group the Pushgateway."""
         if self._pusher:
             self._pusher.close()
         if self._endpoint:

@@ -23,12 +23,14 @@ class LossSums:
 
     `per_class` is (4, N) float64: BCE, overlap, their weighted sum with the auxiliary head, and the number of pairs, for the N
     classes of all datasets in order (a task shared by two datasets has two rows, so that each dataset is seen by itself).
-    `modality` is (1,). Both travel in one small all-reduce a step.
+    `modality` is (1,). Both travel in one small all-reduce a step. `foreground` (N,) float64 counts the pairs whose crop holds a
+    voxel of the class; it stays this rank's own, as all counters of a rank do.
     """
 
     offsets: Tensor
     per_class: Tensor
     modality: Tensor
+    foreground: Tensor
 
     @staticmethod
     def zeros(tasks: TaskTable, device: torch.device) -> LossSums:
@@ -38,10 +40,13 @@ class LossSums:
             torch.tensor(np.cumsum([0, *sizes[:-1]]), dtype=torch.int64),
             torch.zeros(4, sum(sizes), dtype=torch.float64, device=device),
             torch.zeros(1, dtype=torch.float64, device=device),
+            torch.zeros(sum(sizes), dtype=torch.float64, device=device),
         )
 
-    def add(self, dataset_ids: Tensor, pair_mask: Tensor, losses: Tensor) -> None:
-        """Add the (3, B, T) losses of the valid pairs; column t of a sample is class t of its dataset.
+    def add(self, dataset_ids: Tensor, pair_mask: Tensor, losses: Tensor, foreground: Tensor) -> None:
+        """Add the (3, B, T) losses of the valid pairs, and the (B, T) bool that tell which of them hold a voxel of their class.
+
+        Column t of a sample is class t of its dataset.
 
         `dataset_ids` (B,) and `pair_mask` (B, T) lie on the host: which values go where is decided there, so that the device,
         where the losses are, is not waited for.
@@ -51,14 +56,15 @@ class LossSums:
         rows, chosen = (t.to(losses.device, non_blocking=True) for t in (rows, chosen))
         values = losses.flatten(1).index_select(1, chosen).double()
         self.per_class.index_add_(1, rows, torch.cat([values, torch.ones_like(values[:1])]))
+        self.foreground.index_add_(0, rows, foreground.flatten().index_select(0, chosen).double())
 
     def packed(self) -> Tensor:
-        """All sums in one vector of 4N + 1 values."""
+        """All sums that ranks add up in one vector of 4N + 1 values."""
         return torch.cat([self.per_class.flatten(), self.modality])
 
     def unpack(self, vector: Tensor) -> LossSums:
-        """Sums from a vector as made by `packed`."""
-        return LossSums(self.offsets, vector[:-1].reshape(4, -1), vector[-1:])
+        """Sums from a vector as made by `packed`; `foreground` is this one's."""
+        return LossSums(self.offsets, vector[:-1].reshape(4, -1), vector[-1:], self.foreground)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class StepRecord:
             "task_loss": classes,
             "dataset_samples": self._local_samples(tasks),
             "task_pairs": self._local_pairs(tasks),
+            "task_foreground": self._local_foreground(tasks),
         }
 
     def _local_samples(self, tasks: TaskTable) -> dict[str, int]:
@@ -131,3 +138,7 @@ class StepRecord:
     def _local_pairs(self, tasks: TaskTable) -> dict[str, int]:
         samples = self._local_samples(tasks)
         return {f"{d.name}/{c}": samples[d.name] for d in tasks.datasets if d.name in samples for c in d.class_names}
+
+    def _local_foreground(self, tasks: TaskTable) -> dict[str, int]:
+        names = [f"{d.name}/{c}" for d in tasks.datasets for c in d.class_names]
+        return {name: int(n) for name, n in zip(names, self.sums.foreground.tolist(), strict=True) if n}

@@ -65,7 +65,8 @@ class StepLoss:
                 reduction="sum",
             )
             loss = loss + self._config.modality_weight * modality / max(self._batch.modality_count, 1)
-        self._sums.add(batch.dataset_ids, batch.pair_mask, torch.stack([bce, dice, pairs]).detach())
+        present = targets.flatten(2).any(dim=2)
+        self._sums.add(batch.dataset_ids, batch.pair_mask, torch.stack([bce, dice, pairs]).detach(), present)
         self._sums.modality += modality.detach().double()
         return loss
 

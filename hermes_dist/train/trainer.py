@@ -67,7 +67,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     tasks = transfer.extend(config.train, tasks)
     fresh = TrainState(seed=config.run.seed, tasks_digest=tasks.digest, collection_digest=run_directory.collection_digest(stores))
     # Whatever can be found wrong in the configuration is found before anything is written.
-    build_reader(config, stores, tasks)
+    plan = build_reader(config, stores, tasks)[0].plan
     if config.evaluate.every_steps:
         find_cases(Job(config.run_dir, config, stores, tasks, config.evaluate.split, ""))
     build_ds_config(config, runtime.world_size)
@@ -86,7 +86,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     state = _restore(saved, fresh, config)
     telemetry = Telemetry(config.run_dir, config.monitor, runtime.rank, runtime.world_size, config.run.name)
     telemetry.resume(state.step)
-    telemetry.declare(tasks)
+    telemetry.declare([tasks.datasets[group.dataset] for group in plan.groups])
     if saved is not None and saved["collection_digest"] != state.collection_digest:
         _note_changed_collection(saved["collection_digest"], state, runtime, telemetry)
     used = Utilisation(config, tasks, torch.cuda.get_device_name() if runtime.device.type == "cuda" else None)
@@ -96,14 +96,20 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     checkpointer.telemetry = telemetry
     telemetry.set("hermes_run_info", 1, world_size=str(runtime.world_size), device=str(runtime.device), commit=git_commit() or "")
     telemetry.set("hermes_max_steps", config.train.max_steps)
-    telemetry.set("hermes_parameters", sum(p.numel() for p in model.parameters() if p.requires_grad))
+    telemetry.set("hermes_parameters", sum(engine.partition.shapes[name].numel() for name in engine.partition.trainable_names))
+    telemetry.set("hermes_world_size", runtime.world_size)
+    telemetry.set("hermes_evaluating", 0)
+    if config.checkpoint.every_steps:
+        telemetry.set("hermes_checkpoint_timestamp_seconds", time.time())
     runtime.say(
         f"{config.run_dir}: step {state.step} of {config.train.max_steps}, {len(tasks.datasets)} datasets, {tasks.n_tasks} tasks"
     )
     loss = float("nan")
 
     def evaluate() -> None:
+        telemetry.set("hermes_evaluating", 1)
         dice = evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
+        telemetry.set("hermes_evaluating", 0)
         best = _is_best(dice, state, runtime)
         state.evaluated_step = state.step
         checkpointer.amend(engine, asdict(state), state.step, best=best)

@@ -7,6 +7,8 @@ from monitoring.dashboards.panels import BYTES, RANK, RUN, SECONDS, SHARE, WINDO
 _BUSY = f"rate(hermes_busy_seconds_total{{{RUN}}}[{WINDOW}]) / rate(hermes_steps_total{{{RUN}}}[{WINDOW}])"
 _STEPS = f"rate(hermes_step_duration_seconds_sum{{{RANK}}}[{WINDOW}])"
 
+_CHECKPOINTS_S = f'rate(hermes_step_part_seconds_sum{{{RANK},part="checkpoint"}}[{WINDOW}])'
+
 _RANKS = (
     PanelSpec(
         "Ranks reporting",
@@ -51,7 +53,8 @@ _RANKS = (
                 "rank {{rank}} {{run}}",
             ),
         ),
-        "The straggler is the line on top: look at its host (clocks, temperature, other jobs, disk).",
+        "The straggler is the line on top: look at its host (clocks, temperature, other jobs, disk). Data wait and forward pass; "
+        "under ZeRO-3 the latter gathers parameters, which is waiting for others too.",
         SECONDS,
         width=12,
     ),
@@ -59,12 +62,13 @@ _RANKS = (
         "Step time by part and rank",
         (
             (
-                f"sum by (rank, part) (rate(hermes_step_part_seconds_sum{{{RANK}}}[{WINDOW}])) / sum by (rank, part) "
-                f"(rate(hermes_step_part_seconds_count{{{RANK}}}[{WINDOW}]))",
+                f"sum by (rank, part) (rate(hermes_step_part_seconds_sum{{{RANK}}}[{WINDOW}])) / on (rank) group_left () sum by "
+                f"(rank) (rate(hermes_step_duration_seconds_count{{{RANK}}}[{WINDOW}]))",
                 "{{rank}} {{part}}",
             ),
         ),
-        "A rank with less communication than the others is the one they wait for.",
+        "Seconds per step; checkpoints are spread over all steps. A rank with less communication than the others is the one they "
+        "wait for.",
         SECONDS,
         width=12,
     ),
@@ -74,12 +78,12 @@ _RANKS = (
             (
                 "sum by (run) "
                 f'(rate(hermes_step_part_seconds_sum{{{RANK},part=~"communication|data_wait|checkpoint"}}[{WINDOW}])) / sum by '
-                f"(run) ({_STEPS})",
+                f"(run) ({_STEPS} or {_CHECKPOINTS_S})",
                 "{{run}}",
             ),
         ),
-        "Time that is not computing. Grows with ranks: larger micro-batch, lower ZeRO stage, faster links; launch/plan.py "
-        "gives what to expect.",
+        "Time that is not computing, of steps and checkpoints together. Grows with ranks: larger micro-batch, lower ZeRO stage, "
+        "faster links; launch/plan.py gives what to expect.",
         SHARE,
     ),
     PanelSpec(

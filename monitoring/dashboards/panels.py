@@ -84,7 +84,7 @@ def build(board: Board) -> models.Dashboard:
             .as_dropdown(True)
         )
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(_variable("run", "label_values(hermes_world_size, run)"))
+        .with_variable(_variable("run", "label_values(hermes_disk_size_bytes, run)"))  # which sweeps export too
     )
     queries = {
         "rank": 'label_values(hermes_world_size{run=~"$run"}, rank)',

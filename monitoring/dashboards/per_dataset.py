@@ -31,13 +31,14 @@ _TRAINING = (
     PanelSpec(
         "Trained pairs per second",
         ((f"sum by (dataset, task) (rate(hermes_pairs_total{{{DATASET}}}[{WINDOW}]))", "{{dataset}}/{{task}}"),),
-        "(sample, task) pairs that reach the loss. A line at 0: that class is silent; is it declared in the collection and "
-        "present in the split?",
+        "(sample, task) pairs that reach the loss, empty ones included. A line at 0: no sample of that dataset is drawn; is it "
+        "in the mixture?",
     ),
     PanelSpec(
         "Least trained classes",
-        ((f"bottomk(10, sum by (dataset, task) (hermes_pairs_total{{{DATASET}}}))", "{{dataset}}/{{task}}"),),
-        "The ten classes with the fewest pairs since the start. Zero means never trained.",
+        ((f"bottomk(10, sum by (dataset, task) (hermes_foreground_pairs_total{{{DATASET}}}))", "{{dataset}}/{{task}}"),),
+        "The ten classes that the fewest patches showed since the start. Zero: lost in conversion, or not in the split; see its "
+        "voxels in `hermes-shard info`.",
         kind="bars",
     ),
 )

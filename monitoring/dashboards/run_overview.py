@@ -105,13 +105,13 @@ _SPEED = (
         "Mean time by part of a step",
         (
             (
-                f"sum by (part) (rate(hermes_step_part_seconds_sum{{{RANK}}}[{WINDOW}])) / sum by (part) "
-                f"(rate(hermes_step_part_seconds_count{{{RANK}}}[{WINDOW}]))",
+                f"sum by (part) (rate(hermes_step_part_seconds_sum{{{RANK}}}[{WINDOW}])) / on () group_left () sum "
+                f"(rate(hermes_step_duration_seconds_count{{{RANK}}}[{WINDOW}]))",
                 "{{part}}",
             ),
         ),
-        "Find the part that grew. data_wait: Data path; communication: Distributed health; checkpoint: write less often, or in "
-        "the background.",
+        "Seconds per step; checkpoints, which come in some steps only, are spread over all. Find the part that grew. data_wait: "
+        "Data path; communication: Distributed health; checkpoint: write less often, or in the background.",
         SECONDS,
         "stack",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import urllib.request
@@ -96,6 +97,7 @@ def test_the_table_lives_and_its_numbers_are_metrics(tmp_path: Path, monkeypatch
     assert "0.4321" in running
     assert "exit code 3" in screen.file.getvalue()  # type: ignore[attr-defined]
     assert 'hermes_sweep_runs{rank="0",run="s",state="failed"} 1.0' in served
+    assert not re.search("^hermes_(world_size|checkpoint_timestamp_seconds){", served, re.M), "a sweep itself does not train"
     assert 'hermes_sweep_samples_per_second{member="seed0",mode="ZeRO-1",rank="0",ranks="1",run="s"} 8.0' in served
 
 

@@ -71,6 +71,21 @@ def test_every_metric_is_shown_or_alerted_on() -> None:
     assert set(METRICS) - used == not_shown
 
 
+def test_parts_of_a_step_are_spread_over_all_steps() -> None:
+    """A checkpoint is observed only in the steps that save one: its own count would show seconds per checkpoint."""
+    expressions = [expression for board in BOARDS.values() for panel in board.panels for expression, _ in panel.queries]
+    assert any("hermes_step_part_seconds_sum" in e and "hermes_step_duration_seconds_count" in e for e in expressions)
+    assert not [e for e in expressions if "hermes_step_part_seconds_count" in e]
+
+
+def test_pushed_metrics_are_scraped_under_their_own_labels() -> None:
+    jobs = yaml.safe_load((FOLDER.parent.parent / "prometheus.yml").read_text())["scrape_configs"]
+    assert [job["job_name"] for job in jobs] == ["hermes", "pushgateway"]
+    assert jobs[1]["honor_labels"] is True
+    down = [rule["expr"] for rule in RULES if "up{" in rule["expr"]]
+    assert down == ['up{job="hermes"} == 0'], "a Pushgateway that is not there is no fault"
+
+
 def test_alerts_ask_for_metrics_that_exist_and_say_what_to_do() -> None:
     for rule in RULES:
         for series, _ in SERIES.findall(rule["expr"]):

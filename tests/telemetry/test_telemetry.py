@@ -50,6 +50,7 @@ ROW: dict[str, Any] = {
     "dataset_loss": {"lits": {"bce": 0.3, "dice": 0.5}, "kits": {"total": 0.7}},
     "task_loss": {"lits/liver": {"bce": 0.2, "dice": 0.4}, "kits/kidney": {"bce": float("nan")}},
     "task_pairs": {"lits/liver": 5, "kits/kidney": 3},
+    "task_foreground": {"lits/liver": 4},
     "dataset_samples": {"lits": 5, "kits": 3},
 }
 
@@ -100,8 +101,8 @@ def test_a_row_reaches_the_file_and_the_endpoint(tmp_path: Path, telemetry: Tele
         ("hermes_dataset_loss", "kits", "total"): 0.7,
         ("hermes_task_loss", "lits", "liver", "bce"): 0.2,
         ("hermes_pairs_total", "kits", "kidney"): 3,
+        ("hermes_foreground_pairs_total", "lits", "liver"): 4,
         ("hermes_dataset_samples_total", "lits"): 5,
-        ("hermes_world_size",): 1,
     }
     assert {key: values.get(key) for key in expected} == pytest.approx(expected)
     assert values[("hermes_memory_bytes", "rss")] > 1e7
@@ -193,6 +194,13 @@ def test_the_first_of_two_processes_to_end_leaves_the_entry_of_the_other(tmp_pat
     assert json.loads((tmp_path / "prometheus_targets.json").read_text()) == []
 
 
+def test_what_only_a_training_has_is_left_to_it(telemetry: Telemetry) -> None:
+    """The table of a sweep never steps and writes no checkpoint: alerts that ask for these series must not see one."""
+    assert (
+        not {("hermes_world_size",), ("hermes_checkpoint_timestamp_seconds",), ("hermes_evaluating",)} & scrape(telemetry).keys()
+    )
+
+
 def test_members_of_a_sweep_are_linked_where_prometheus_looks(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     sweep = open_telemetry(runs / "study")
@@ -219,9 +227,10 @@ def test_links_of_deleted_runs_go(tmp_path: Path) -> None:
 
 
 def test_declared_classes_start_at_zero(telemetry: Telemetry) -> None:
-    telemetry.declare(TaskTable.build([("lits", "CT", "abdomen", [("liver", [1]), ("tumour", [2])], None)]))
+    telemetry.declare(TaskTable.build([("lits", "CT", "abdomen", [("liver", [1]), ("tumour", [2])], None)]).datasets)
     values = scrape(telemetry)
     assert values[("hermes_pairs_total", "lits", "tumour")] == 0
+    assert values[("hermes_foreground_pairs_total", "lits", "tumour")] == 0
     assert values[("hermes_dataset_samples_total", "lits")] == 0
     # An alert on `increase` would not see the first fault of a series that begins with it.
     assert values[("hermes_quarantined_cases_total", "lits")] == 0

@@ -34,7 +34,8 @@ def test_row_holds_global_means_and_keeps_datasets_that_share_a_task_apart():
     b = batch()
     sums = LossSums.zeros(TASKS, torch.device("cpu"))
     losses = torch.tensor([[[1.0, 2.0], [4.0, 9.0], [9.0, 9.0]]]).repeat(3, 1, 1)
-    sums.add(b.dataset_ids, b.pair_mask, losses)
+    present = torch.tensor([[True, False], [True, True], [True, True]])
+    sums.add(b.dataset_ids, b.pair_mask, losses, present)
     sums.modality += 3.0
     step = StepBatch(
         step=4, micro_batches=[b], pair_count=3, modality_count=1, identities=np.zeros(2, np.int64),
@@ -49,6 +50,9 @@ def test_row_holds_global_means_and_keeps_datasets_that_share_a_task_apart():
     assert row["task_loss"]["a/spleen"]["dice"] == 2.0
     assert row["dataset_samples"] == {"a": 1, "b": 1}
     assert row["task_pairs"] == {"a/liver": 1, "a/spleen": 1, "b/liver": 1}
+    assert row["task_foreground"] == {"a/liver": 1, "b/liver": 1}, (
+        "a pair without a voxel of the class, and a filler, do not count"
+    )
     assert (row["samples_per_s"], row["samples"], row["patches"], row["position"]) == (1.0, 2, 3, 5 * 16)
     required = {"step", "position", "loss", "loss_bce", "loss_dice", "loss_modality", "lr", "grad_norm", "skipped", "step_s",
                 "data_wait_s", "samples_per_s", "order_hash"}  # fmt: skip

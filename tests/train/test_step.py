@@ -101,6 +101,14 @@ def test_voxels_that_nobody_annotated_do_not_count():
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_foreground_counts_the_pairs_whose_crop_shows_the_class():
+    whole = make_batch([3, 2], seed=5)
+    whole.label[1] = torch.where(whole.label[1] == 2, 2, 0)
+    _, sums = gradients([whole], pairs=5, samples=2)
+    assert sums.per_class[3].tolist() == [2, 2, 1, 0, 0, 0]
+    assert sums.foreground.tolist() == [1, 2, 1, 0, 0, 0]
+
+
 def test_filler_samples_change_nothing():
     whole = make_batch([3, 1], seed=2)
     reference, _ = gradients([whole], pairs=4, samples=2)

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from hermes_dist.config import Config
 from hermes_dist.errors import UsageError
+from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import list_checkpoints
 from hermes_dist.parallel.runtime import Runtime, start
 from hermes_dist.parallel.stored import read_state
@@ -80,6 +82,37 @@ def test_a_kill_during_an_evaluation_loses_nothing(tmp_path: Path, runtime: Runt
     assert [read_state(c)["best_dice"] for c in list_checkpoints(config.run_dir)] == [0.9, 0.9]
     train(config, runtime)
     assert asked == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(("stage", "every_steps"), [(1, 1), (3, 0)])
+def test_what_a_training_tells_those_who_watch_it(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, stage: int, every_steps: int
+) -> None:
+    config = run_config(tmp_path)
+    checkpoint = config.checkpoint.model_copy(update={"every_steps": every_steps})
+    config = config.model_copy(update={"checkpoint": checkpoint, "deepspeed": {"zero_optimization": {"stage": stage}}})
+    seen: list[dict[str, float | None]] = []
+    registry: list[CollectorRegistry] = []
+
+    def watched(*args: Any) -> float:
+        registry[:] = [args[5]._meters.registry]
+        seen.append({name: value(f"hermes_{name}") for name in ("parameters", "world_size", "evaluating")})
+        return 0.5
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry[0].get_sample_value(name, {"run": "run", "rank": "0", **labels})
+
+    monkeypatch.setattr(EVALUATE, watched)
+    train(config, runtime)
+    parameters = sum(p.numel() for p in build_model(config.model, TASKS).parameters())
+    assert seen == [{"parameters": parameters, "world_size": 1, "evaluating": 1}] * 3
+    assert (value("hermes_checkpoint_timestamp_seconds") is not None) == (every_steps > 0)
+    assert value("hermes_evaluating") == 0
+    # `brains` has no case here: no share of the samples, and no alert for that.
+    assert value("hermes_dataset_samples_total", dataset="organs") == 3
+    assert value("hermes_dataset_samples_total", dataset="brains") is None
+    assert value("hermes_foreground_pairs_total", dataset="organs", task="liver") == 3
+    assert value("hermes_foreground_pairs_total", dataset="brains", task="stem") is None
 
 
 def test_an_empty_split_is_found_before_anything_is_written(tmp_path: Path, runtime: Runtime) -> None:
