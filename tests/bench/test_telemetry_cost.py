@@ -62,7 +62,8 @@ def cpu_s(action: Any, times: int) -> float:
 @pytest.mark.bench
 def test_a_step_and_a_scrape_cost_less_than_one_per_cent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = {f"d{i % 11}/c{i}": {"bce": 0.1, "dice": 0.2} for i in range(84)}
-    row = {**ROW, "task_loss": tasks, "task_pairs": dict.fromkeys(tasks, 1)}
+    counts = dict.fromkeys(tasks, 1)
+    row = {**ROW, "task_loss": tasks, "task_pairs": counts, "task_foreground": counts}
     telemetry = Telemetry(tmp_path, MonitorConfig(prometheus_port=0), run_name="demo")
     step_s = cpu_s(lambda: telemetry.step(row), 200)
     scrape_s = cpu_s(lambda: generate_latest(telemetry._meters.registry), 20)
