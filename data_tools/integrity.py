@@ -13,6 +13,7 @@ from data_tools.findings import Finding, RejectedError
 from data_tools.sources.raw import ClassValues, RawCase
 from data_tools.sources.volumes import SAME_GRID_VOX
 from hermes_dist.volume.geometry import Grid, closest_ras, grid_difference_vox
+from hermes_dist.volume.intensity import count_not_finite
 from hermes_dist.volume.preprocess import MAX_SHEAR
 
 NOTED_DIFFERENCE_VOX = 1e-3
@@ -98,11 +99,11 @@ def _spacing(grid: Grid) -> Iterable[Finding]:
 
 
 def _image(image_zyx: np.ndarray) -> Iterable[Finding]:
+    bad = count_not_finite(image_zyx)
+    if bad:
+        message = f"{bad:,} voxels are NaN or infinite"
+        raise RejectedError("nan", message, "replace them by the value of air, or leave the case out")
     if image_zyx.dtype.kind == "f":
-        bad = sum(int(plane.size - np.count_nonzero(np.isfinite(plane))) for plane in image_zyx)
-        if bad:
-            message = f"{bad:,} voxels are NaN or infinite"
-            raise RejectedError("nan", message, "replace them by the value of air, or leave the case out")
         peak = max(abs(float(image_zyx.min())), abs(float(image_zyx.max())))
         if peak > LARGEST_VALUE:  # resampling works in single precision, where it would become infinite
             message = f"a voxel is {peak:g} in magnitude, more than single precision holds ({LARGEST_VALUE:.4g})"

@@ -24,14 +24,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from hermes_dist.config import Config, EvaluateConfig, load_config
-from hermes_dist.errors import CheckpointError, ConfigError, TaskError, nearest
+from hermes_dist.errors import CheckpointError, ConfigError, DataError, TaskError, nearest
 from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import read_weights
 from hermes_dist.seg import sliding_window
 from hermes_dist.tasks import DatasetTasks, TaskClass, TaskTable
 from hermes_dist.train.step import ask
 from hermes_dist.volume.geometry import Grid, Placement
-from hermes_dist.volume.preprocess import Preprocessing, preprocess_image, restore_probability
+from hermes_dist.volume.intensity import count_not_finite
+from hermes_dist.volume.preprocess import Prepared, Preprocessing, preprocess_image, restore_probability
 
 THRESHOLD = 0.5
 
@@ -211,8 +212,12 @@ def predict_scan(
 
     The probability is interpolated linearly to the scan's grid and thresholded there at 0.5, per task (masks may overlap).
     Voxels outside the body crop are background.
+
+    Raises:
+        GeometryError: shape and grid disagree, or the axes are sheared.
+        DataError: voxels are NaN or infinite, or the scan has no contrast. Its masks would be empty, and nobody would know why.
     """
-    image, placement, _ = preprocess_image(image_zyx, grid, modality, run.preprocessing)
+    image, placement, _ = _prepared(image_zyx, grid, modality, run.preprocessing)
     for dataset in {t.dataset.name: t.dataset for t in targets}.values():
         wanted = [t for t in targets if t.dataset.name == dataset.name]
         asked = model_fn(run.model, run.config, run.tasks, dataset, modality=modality, columns=[t.column for t in wanted])
@@ -220,6 +225,24 @@ def predict_scan(
         levels = sliding_window.quantised(parts, image.shape[0])
         for index, target in enumerate(wanted):
             yield TaskMask(target, restored_mask(levels[index], placement))
+
+
+def _prepared(image_zyx: npt.NDArray[Any], grid: Grid, modality: str, params: Preprocessing) -> Prepared:
+    """`preprocess_image`, where a scan that conversion would have rejected is refused here as well."""
+    bad = count_not_finite(image_zyx)
+    if bad:
+        raise DataError(f"{bad:,} of {image_zyx.size:,} voxels are NaN or infinite; replace them by the value of air")
+    prepared = preprocess_image(image_zyx, grid, modality, params)
+    low, high, std = (prepared.stats[key] for key in ("clip_low", "clip_high", "std"))
+    seen = f"values from {float(image_zyx.min()):g} to {float(image_zyx.max()):g}"
+    if not np.isfinite(std):
+        raise DataError(f"{seen} are too far apart for single precision; scale the scan, or remove the voxels that stand out")
+    if std == 0:
+        raise DataError(
+            f"the scan is constant after clipping to [{low:g}, {high:g}] as {modality} ({seen}); "
+            "check its modality, and rescale slope and intercept"
+        )
+    return prepared
 
 
 def restored_mask(levels: npt.NDArray[np.uint8], placement: Placement) -> npt.NDArray[np.bool_]:

@@ -25,6 +25,13 @@ def is_ct(modality: str) -> bool:
     return modality.strip().upper() == "CT"
 
 
+def count_not_finite(image_zyx: Num[np.ndarray, "z y x"]) -> int:
+    """Voxels that are NaN or infinite: resampling would spread them, and percentiles know no answer."""
+    if image_zyx.dtype.kind != "f":
+        return 0
+    return sum(int(plane.size - np.count_nonzero(np.isfinite(plane))) for plane in image_zyx)
+
+
 def _sample(image_zyx: np.ndarray) -> np.ndarray:
     """All voxels, or a regular subset of at least `SAMPLE_VOXELS` of a large volume (for percentiles)."""
     step = image_zyx.size // SAMPLE_VOXELS

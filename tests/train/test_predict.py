@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hermes_dist.errors import CheckpointError, ConfigError, TaskError
+from hermes_dist.errors import CheckpointError, ConfigError, DataError, TaskError
 from hermes_dist.tasks import TaskTable
 from hermes_dist.train import predict
 from hermes_dist.volume.geometry import Grid, Orientation
@@ -124,3 +124,22 @@ def test_digest_names_the_weights():
     weights = {"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.bfloat16)}
     assert predict.digest(weights) == predict.digest({k: v.clone() for k, v in reversed(weights.items())})
     assert predict.digest(weights) != predict.digest({**weights, "a": torch.tensor([1.0, 1.0, 1.5])})
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda image: np.put(image, [5, 9000], [np.nan, np.inf]), r"^2 of 17,160 voxels are NaN or infinite"),
+        (
+            lambda image: np.add(image, 3000, out=image),
+            r"constant after clipping to \[-990, 500\] as CT \(values from [\d.]+ to [\d.]+\)",
+        ),
+        (lambda image: image.fill(7), r"constant after clipping .* \(values from 7 to 7\)"),
+    ],
+)
+def test_scans_without_an_answer_are_refused(run, break_it, message):
+    """Their masks would be empty, with nothing to tell them from those of a scan without the structure."""
+    image, grid = scan()
+    break_it(image)
+    with pytest.raises(DataError, match=message):
+        masks(run, image, grid)
