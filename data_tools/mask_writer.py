@@ -2,6 +2,7 @@
 
 Where the scan itself is NIfTI its header is the template: same affine, sform and qform codes and units, bit for bit. Everything
 of a scan is written under a hidden name first and renamed at the end, so that a killed command leaves nothing half-written.
+Only what this module wrote is ever replaced: scans and other people's files are refused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping, Set
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +23,134 @@ from isal import igzip
 from nibabel.filebasedimages import ImageFileError
 
 from data_tools.sources.volumes import suffix_of
+from hermes_dist.errors import UsageError
 from hermes_dist.volume.geometry import Grid
 
 NamedMask = tuple[str, np.ndarray]
 """(`dataset/class`, boolean mask Z Y X)."""
 OVERLAP_RULE = "where masks overlap, the smaller structure lies on top"
+SIDECAR = "prediction.json"
+
+
+def check_targets(out: Path, scans: Mapping[str, Path], *, source: Path, multilabel: bool) -> None:
+    """Refuse to start where a prediction would replace a scan, or anything else that is no prediction.
+
+    Args:
+        out: the folder for the masks.
+        scans: case name → file or DICOM folder, as `find_scans(source)` gives them.
+        source: where the scans were looked for.
+        multilabel: whether label maps are written, or a folder for each scan.
+
+    Raises:
+        UsageError: a target is a scan, contains one or lies inside one, would be taken for a scan in `source` the next time,
+            or exists and is no prediction.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
+    inputs = {scan.resolve(): scan for scan in scans.values()}
+    folders = [resolved for resolved in inputs if resolved.is_dir()]
+    holders = {parent: scan for resolved, scan in inputs.items() for parent in resolved.parents}
+    for name in scans:
+        target = target_of(out, name, multilabel=multilabel)
+        resolved = target.resolve()
+        scan = inputs.get(resolved) or holders.get(resolved)
+        scan = scan or next((inputs[folder] for folder in folders if folder in resolved.parents), None)
+        if scan is not None:
+            raise UsageError(f"the prediction {target} would be written over or into the input {scan}; choose another --out")
+        if multilabel and resolved.parent == source.resolve():
+            raise UsageError(f"the prediction {target} would lie among the scans of {source}; choose another --out")
+        (require_own_map if multilabel else require_own_folder)(target)
+
+
+def target_of(out: Path, name: str, *, multilabel: bool) -> Path:
+    """What is written for a scan: `OUT/NAME.nii.gz` (a label map), else the folder `OUT/NAME`."""
+    return out / (f"{name}.nii.gz" if multilabel else name)
+
+
+def require_own_folder(folder: Path) -> None:
+    """Raises UsageError if `folder` is there and holds anything but masks of this module (hidden files are overlooked)."""
+    if not folder.exists():
+        return
+    own = _listed(folder / SIDECAR)
+    own |= {SIDECAR} if own else set()
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    others = [f.name for f in files if f.name not in own and not (f.name.startswith(".") and f.is_file())]
+    if others or folder.is_symlink():
+        said = f"it holds {', '.join(others[:3])}" if others else "a symbolic link"
+        raise UsageError(f"{folder} exists and is not a folder of masks alone ({said}); move it away or choose another --out")
+
+
+def require_own_map(label_map: Path) -> None:
+    """Raises UsageError if a label map or its JSON is there, and the JSON is not of this module."""
+    sidecar = _sidecar_of(label_map)
+    present = [path for path in (label_map, sidecar) if path.exists()]
+    if present and label_map.name not in _listed(sidecar):
+        raise UsageError(f"{present[0]} exists and is no prediction; move it away or choose another --out")
+
+
+def _listed(sidecar: Path) -> set[str]:
+    """Names of the files that a sidecar of this module describes; none where it is missing or of another origin."""
+    try:
+        rows = json.loads(sidecar.read_text())["tasks"]
+        return {str(row["file"]) for row in rows if {"name", "value", "voxels"} <= row.keys()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _sidecar_of(label_map: Path) -> Path:
+    return label_map.with_name(f"{label_map.name.removesuffix('.nii.gz')}.json")
 
 
 def write_separate(folder: Path, masks: Iterable[NamedMask], grid: Grid, *, like: Path, about: dict[str, Any]) -> list[Path]:
-    """One file per task (0/1) and `prediction.json` in `folder`, which is replaced if it is there; returns the files."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    """One file per task (0/1) and `prediction.json` in `folder`; returns the files.
+
+    An earlier prediction there is replaced. It is moved aside to `.NAME.old` first: killed in between, a command leaves both.
+
+    Raises:
+        UsageError: the folder is there and holds something else.
+    """
+    temporary, aside = folder.with_name(f".{folder.name}.{os.getpid()}"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         rows: list[dict[str, Any]] = []
         for name, mask in masks:
-            file = temporary / f"{safe_name(name)}.nii.gz"
+            file = temporary / f"{distinct_name(name, {row['file'] for row in rows})}.nii.gz"
             file.write_bytes(_encode(mask.astype(np.uint8), grid, like))
             rows.append({"name": name, "file": file.name, "value": 1, **_extent(mask, grid)})
-        (temporary / "prediction.json").write_text(json.dumps({**about, "tasks": rows}, indent=1) + "\n")
+        (temporary / SIDECAR).write_text(json.dumps({**about, "tasks": rows}, indent=1) + "\n")
         for file in temporary.iterdir():
             _sync(file)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        _swap(temporary, folder, aside)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return [folder / row["file"] for row in rows] + [folder / "prediction.json"]
+    return [folder / row["file"] for row in rows] + [folder / SIDECAR]
+
+
+def _swap(temporary: Path, folder: Path, aside: Path) -> None:
+    """`temporary` becomes `folder`; what was there is deleted only when that is done."""
+    require_own_folder(folder)
+    require_own_folder(aside)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # of a command that was killed after the new folder had its name
+        folder.rename(aside)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_multilabel(file: Path, masks: Iterable[NamedMask], grid: Grid, *, like: Path, about: dict[str, Any]) -> list[Path]:
     """All tasks in one label map (values 1, 2, … in the order asked) and a JSON beside it; returns both.
 
     Masks wait as bits, so 61 classes cost 8 bytes a voxel.
+
+    Raises:
+        UsageError: the map or its JSON is there and is no prediction.
     """
     packed: list[tuple[str, np.ndarray, int]] = [(n, np.packbits(m), int(np.count_nonzero(m))) for n, m in masks]
     label = np.zeros(grid.shape_vox_zyx, np.uint8 if len(packed) < 256 else np.uint16)
@@ -65,8 +162,9 @@ def write_multilabel(file: Path, masks: Iterable[NamedMask], grid: Grid, *, like
         overlap += int(np.count_nonzero(label[mask]))
         label[mask] = index + 1
         rows[index] = {"name": name, "file": file.name, "value": index + 1, **_extent(mask, grid)}
-    sidecar = file.with_name(f"{file.name.removesuffix('.nii.gz')}.json")
+    sidecar = _sidecar_of(file)
     text = json.dumps({**about, "overlap_rule": OVERLAP_RULE, "overlap_voxels": overlap, "tasks": rows}, indent=1) + "\n"
+    require_own_map(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     pairs = [(sidecar, text.encode()), (file, _encode(label, grid, like))]
     temporaries = [path.with_name(f".{path.name}.{os.getpid()}") for path, _ in pairs]
@@ -84,8 +182,17 @@ def write_multilabel(file: Path, masks: Iterable[NamedMask], grid: Grid, *, like
 
 
 def safe_name(name: str) -> str:
-    """`dataset/class` as a file name: `dataset__class`, anything unusual becomes `_`."""
-    return re.sub(r"[^A-Za-z0-9._+-]", "_", name.replace("/", "__")).lstrip(".") or "_"
+    """`dataset/class` as a file name: `dataset__class`. Letters and digits of any script stay, anything unusual becomes `_`."""
+    composed = unicodedata.normalize("NFC", name.replace("/", "__"))  # a letter and its accent as one character
+    return re.sub(r"[^\w.+-]", "_", composed).lstrip(".") or "_"
+
+
+def distinct_name(name: str, taken: Set[str]) -> str:
+    """`safe_name`, numbered from 2 where that file is among `taken`, also on disks that know no upper case."""
+    folded = {file.casefold() for file in taken}
+    plain = safe_name(name)
+    numbered = (plain if number == 1 else f"{plain}_{number}" for number in count(1))
+    return next(stem for stem in numbered if f"{stem}.nii.gz".casefold() not in folded)
 
 
 def _extent(mask: np.ndarray, grid: Grid) -> dict[str, Any]:

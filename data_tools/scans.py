@@ -40,7 +40,8 @@ def find_scans(path: Path) -> dict[str, Path]:
 
 def scan_name(path: Path) -> str:
     """The case name of a file or DICOM folder."""
-    return stem_of(path).removesuffix(CHANNEL) or path.resolve().name
+    name = stem_of(path).removesuffix(CHANNEL)
+    return path.resolve().name if name in ("", "..") else name
 
 
 def read_scan(path: Path) -> RawVolume:

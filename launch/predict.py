@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from data_tools.mask_writer import write_multilabel, write_separate
+from data_tools.mask_writer import check_targets, target_of, write_multilabel, write_separate
 from data_tools.scans import find_scans, read_scan
 from hermes_dist.errors import HermesError, exit_on_error
+from hermes_dist.train.memory_errors import named_memory_errors
 from hermes_dist.train.predict import THRESHOLD, Target, TrainedRun, load_run, predict_scan, resolve_targets, use_cores
 
 
@@ -47,9 +48,8 @@ def predict_one(run: TrainedRun, path: Path, name: str, targets: list[Target], a
         "threshold": THRESHOLD,
         "findings": [finding.message for finding in scan.findings],
     }
-    if args.multilabel:
-        return write_multilabel(args.out / f"{name}.nii.gz", masks, scan.grid, like=path, about=about)
-    return write_separate(args.out / name, masks, scan.grid, like=path, about=about)
+    write = write_multilabel if args.multilabel else write_separate
+    return write(target_of(args.out, name, multilabel=args.multilabel), masks, scan.grid, like=path, about=about)
 
 
 def main() -> int:
@@ -57,21 +57,21 @@ def main() -> int:
     failed = 0
     with exit_on_error():
         scans = find_scans(args.input)
+        check_targets(args.out, scans, source=args.input, multilabel=args.multilabel)
         use_cores(args.threads)
         run = load_run(args.run, torch.device(args.device) if args.device else None, args.overrides)
         targets = resolve_targets(run.tasks, [t.strip() for t in args.tasks.split(",") if t.strip()], args.modality)
         for name, path in scans.items():
             started = time.perf_counter()
             try:
-                files = predict_one(run, path, name, targets, args)
+                with named_memory_errors(str(path)):
+                    files = predict_one(run, path, name, targets, args)
             except HermesError as error:
-                if len(scans) == 1:
-                    raise
                 failed += 1
                 print(f"error: {name}: {error}", file=sys.stderr, flush=True)
                 continue
             print(f"{name}: {len(targets)} tasks in {time.perf_counter() - started:.1f} s → {files[-1].parent}", flush=True)
-        if failed:
+        if failed and len(scans) > 1:
             print(f"{failed} of {len(scans)} scans failed", file=sys.stderr)
     return 1 if failed else 0
 

@@ -13,9 +13,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from data_tools import mask_writer
-from data_tools.scans import find_scans, read_scan
+from data_tools.scans import find_scans, read_scan, scan_name
+from data_tools.sources.raw import RawVolume
 from hermes_dist.errors import SourceError
 from hermes_dist.volume.geometry import Grid
 from launch import predict
@@ -135,6 +137,84 @@ def test_bad_use_ends_with_one_clear_message(command, run, scan, tmp_path, chang
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def folder_of(root: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path there."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "multilabel", "words"),
+    [
+        ("series", ".", False, "series would be written over or into the input"),  # OUT/series is the series
+        ("ct.nii.gz", ".", True, "ct.nii.gz would be written over or into the input"),
+        ("series", "series", False, "would be written over or into the input"),
+        ("series/../ct.nii.gz", "series/..", True, "would be written over or into the input"),
+        ("deep", "..", False, "would be written over or into the input"),  # the target holds the scan
+        (".", ".", True, "choose another --out"),
+        ("nrrd", "nrrd", True, "would lie among the scans"),
+        ("ct.nii.gz", "others", False, "not a folder of masks alone (it holds notes.txt)"),
+        ("ct.nii.gz", "others", True, "ct.json exists and is no prediction"),
+        ("ct.nii.gz", "others/ct/notes.txt", True, "is a file"),
+    ],
+)
+def test_scans_and_other_files_are_never_replaced(command, scan, tmp_path, monkeypatch, source, out, multilabel, words):
+    """Refused before the model is loaded: the run does not even exist."""
+    here = tmp_path / "deep"
+    (here / "series").mkdir(parents=True)
+    for number in range(3):
+        (here / "series" / f"{number}.dcm").write_bytes(bytes(128) + b"DICM")
+    (here / "ct.nii.gz").write_bytes(scan.read_bytes())
+    (here / "nrrd").mkdir()
+    (here / "nrrd" / "a.nrrd").write_bytes(b"NRRD0004")
+    (here / "others" / "ct").mkdir(parents=True)
+    (here / "others" / "ct" / "notes.txt").write_text("mine")
+    (here / "others" / "ct.json").write_text('{"tasks": "of another program"}')
+    if source == "deep":
+        (tmp_path / "deep" / "deep.nii.gz").write_bytes(scan.read_bytes())
+        source = "deep.nii.gz"
+    monkeypatch.chdir(here)
+    before = folder_of(tmp_path)
+    more = ["--multilabel"] if multilabel else []
+    done = command("--run", "nowhere", "--input", source, "--modality", "CT", "--tasks", "all", "--out", out, *more)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert folder_of(tmp_path) == before
+
+
+def test_an_earlier_prediction_is_replaced(command, run, scan, tmp_path):
+    out = tmp_path / "m"
+    options = ["--run", run, "--input", scan, "--modality", "CT", "--out", out]
+    for tasks in ("tumour", "liver"):
+        assert command(*options, "--tasks", tasks).returncode == 0
+        assert command(*options, "--tasks", tasks, "--multilabel").returncode == 0
+    assert sorted(folder_of(out)) == ["case7.json", "case7.nii.gz", "case7/organs__liver.nii.gz", "case7/prediction.json"]
+    (out / "case7" / "corrected.nii.gz").write_bytes(b"by hand")
+    done = command(*options, "--tasks", "liver")
+    assert done.returncode == 2
+    assert "it holds corrected.nii.gz" in done.stderr
+    assert (out / "case7" / "corrected.nii.gz").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")])
+def test_a_scan_that_needs_too_much_memory_is_named_and_the_others_go_on(command, run, scan, tmp_path, monkeypatch, error):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.nii.gz").write_bytes(scan.read_bytes())
+
+    def read(path: Path) -> RawVolume:
+        if path.name == "a.nii.gz":
+            raise error
+        return read_scan(path)
+
+    monkeypatch.setattr(predict, "read_scan", read)
+    options = {"--run": run, "--input": tmp_path / "in", "--modality": "CT", "--tasks": "liver", "--out": tmp_path / "m"}
+    done = command(*[v for pair in options.items() for v in pair])
+    assert done.returncode == 1
+    assert f"error: a: {tmp_path / 'in' / 'a.nii.gz'}: not enough memory" in done.stderr
+    assert "1 of 2 scans failed" in done.stderr
+    assert (tmp_path / "m" / "b" / "prediction.json").exists()
+
+
 def test_help_shows_an_example():
     line = [sys.executable, "launch/predict.py", "--help"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -147,6 +227,8 @@ def test_help_shows_an_example():
 
 def test_which_scans_a_folder_holds(scan, tmp_path):
     assert list(find_scans(scan)) == ["case7"]
+    (tmp_path / "inner").mkdir()
+    assert scan_name(tmp_path / "inner" / "..") == tmp_path.name
     for name in ("b.nii", "a_0000.nii", ".hidden.nii", "notes.txt"):
         (tmp_path / name).touch()
     assert list(find_scans(tmp_path)) == ["a", "b"]
@@ -196,7 +278,44 @@ def test_a_failure_in_mid_scan_leaves_what_was_there(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["d__a.nii.gz", "prediction.json"]
 
 
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    grid, mask, like = Grid(np.eye(4), (2, 2, 2)), np.ones((2, 2, 2), bool), tmp_path / "scan.mha"
+    mask_writer.write_separate(tmp_path / "case", [("d/a", mask)], grid, like=like, about={})
+    with monkeypatch.context() as patched:
+        rename = Path.rename
+
+        def killed(path: Path, target: Path) -> None:
+            rename(path, target)
+            if target.name == ".case.old":
+                raise KeyboardInterrupt
+
+        patched.setattr(Path, "rename", killed)
+        patched.setattr(mask_writer.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            mask_writer.write_separate(tmp_path / "case", [("d/b", mask)], grid, like=like, about={})
+    left = {p.name for p in tmp_path.rglob("*.nii.gz")}
+    assert left == {"d__a.nii.gz", "d__b.nii.gz"}
+    mask_writer.write_separate(tmp_path / "case", [("d/c", mask)], grid, like=like, about={})
+    assert sorted(p.name for p in (tmp_path / "case").iterdir()) == ["d__c.nii.gz", "prediction.json"]
+    assert not (tmp_path / ".case.old").exists()
+
+
 def test_names_of_files():
     assert mask_writer.safe_name("amos ct/left kidney (L)") == "amos_ct__left_kidney__L_"
     assert mask_writer.safe_name("../..") == "__.."
     assert "/" not in mask_writer.safe_name("a/b/c")
+    assert mask_writer.safe_name("organe/Läsion") == mask_writer.safe_name("organe/La\u0308sion") == "organe__Läsion"
+    assert mask_writer.safe_name("器官/肝") == "器官__肝"
+
+
+def test_names_that_look_alike_get_files_of_their_own(tmp_path):
+    grid, like = Grid(np.eye(4), (2, 2, 2)), tmp_path / "scan.mha"
+    names = ["d/肝", "d/脾", "d/a b", "d/a(b", "d/A_B", "d/a_b_2"]
+    masks = [(name, np.arange(8).reshape(2, 2, 2) == value) for value, name in enumerate(names)]
+    files = mask_writer.write_separate(tmp_path / "case", masks, grid, like=like, about={})[:-1]
+    assert [f.name for f in files] == [f"d__{n}.nii.gz" for n in ("肝", "脾", "a_b", "a_b_2", "A_B_3", "a_b_2_2")]
+    for value, file in enumerate(files):
+        assert np.asarray(nib.load(file).dataobj).T.ravel().tolist() == [int(i == value) for i in range(8)]
+    assert [t["file"] for t in json.loads((tmp_path / "case" / "prediction.json").read_text())["tasks"]] == [
+        f.name for f in files
+    ]
