@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,88 +23,106 @@ from hermes_dist.models.resunet import Fusion, ResUNet
 _RESUNET_PLACES: dict[str, str] = {
     f"prior_{'init_fuse' if number < 5 else 'fuse'}_{number}": place for number, place in zip(range(2, 7), PLACES, strict=True)
 }
-_ATTENTION = {"prior_aggregate_block": "tokens_read", "feat_aggregate_block": "features_read"}
-_MLP = {"prior_ffn": "tokens_mlp", "feat_ffn": "features_mlp"}
-_NORM = {"norm1": "norm_q", "norm2": "norm_kv"}
-_HEAD = {"out": "head", "out_classifier": "head", "aux_classifier": "aux_head"}
-_HEAD_LINEAR = {"0.fc1": "fc1", "0.fc2": "fc2", "1.fc1": "fc3", "1.fc2": "fc4"}
-_KERNEL = r"(conv1|conv2|shortcut)\.conv\.weight"
-
-Rule = tuple[str, Callable[[re.Match[str]], str]]
-
-
-def _side(name: str) -> str:
-    """`down3` -> `down.2`."""
-    return f"{name[:-1]}.{int(name[-1]) - 1}"
-
-
-_HEAD_RULES: list[Rule] = [
-    (r"(out|out_classifier|aux_classifier)\.norm\.(\w+)", lambda m: f"{_HEAD[m[1]]}.norm.{m[2]}"),
-    (
-        r"(out|out_classifier|aux_classifier)\.classifier_pred\.(\d\.fc\d)\.(\w+)",
-        lambda m: f"{_HEAD[m[1]]}.{_HEAD_LINEAR[m[2]]}.{m[3]}",
-    ),
-    (r"mod_out\.(?:classifier\.)?(norm|fc1|fc2)\.(\w+)", lambda m: f"modality_head.{m[1]}.{m[2]}"),
-    (r"inc\.conv1\.weight", lambda _: "backbone.stem.conv.weight"),
-    (rf"inc\.conv2\.{_KERNEL}", lambda m: f"backbone.stem.block.{m[1]}"),
-]
-_RESUNET_RULES: list[Rule] = [
-    *_HEAD_RULES,
-    (rf"(down\d)\.conv\.(\d+)\.{_KERNEL}", lambda m: f"backbone.{_side(m[1])}.blocks.{int(m[2]) - 1}.{m[3]}"),
-    (rf"(up\d)\.conv\.(\d+)\.{_KERNEL}", lambda m: f"backbone.{_side(m[1])}.blocks.{m[2]}.{m[3]}"),
-    (r"(prior_\w+_\d)\.(task|modality)_prior", lambda m: f"pools.{_RESUNET_PLACES[m[1]]}.{m[2]}"),
-    (
-        r"(prior_\w+_\d)\.attn_layers\.(\d+)\.(\w+_aggregate_block)\.(norm\d|fn\.\w+)\.(\w+)",
-        lambda m: (
-            f"backbone.fusion.{_RESUNET_PLACES[m[1]]}.blocks.{m[2]}.{_ATTENTION[m[3]]}."
-            f"{_NORM.get(m[4]) or m[4].removeprefix('fn.')}.{m[5]}"
-        ),
-    ),
-    (
-        r"(prior_\w+_\d)\.attn_layers\.(\d+)\.(\w+_ffn)\.(?:fn\.)?(norm|fc1|fc2)\.(\w+)",
-        lambda m: f"backbone.fusion.{_RESUNET_PLACES[m[1]]}.blocks.{m[2]}.{_MLP[m[3]]}.{m[4]}.{m[5]}",
-    ),
-]
-
-
 _MEDFORMER_PLACES: dict[str, str] = dict(zip(("down2", "down3", "down4", "up1", "up2"), PLACES, strict=True))
-_MAP_PARTS = {
-    "0.norm": "attentions.{}.norm",
-    "0.fn.to_qkv": "attentions.{}.to_qkv",
-    "0.fn.to_out": "attentions.{}.to_out",
-    "1.norm": "mlps.{}.norm",
-    "1.fn.fc1": "mlps.{}.fc1",
-    "1.fn.fc2": "mlps.{}.fc2",
+
+Words = Mapping[str, Mapping[str, str]]
+Pair = tuple[str, str]
+"""A name as published, and here. A field is one of `Words` (`{place}`), a number (`{i}`, shifted: `{i-1}`), or free (`_FREE`)."""
+
+_FIELD = re.compile(r"\{(\w+)(-\d)?\}")
+_FREE = {"i": r"\d+", "j": r"\d+", "word": r"\w+", "param": r"weight|bias", "path": r"[\w.]+"}
+_WORDS: Words = {
+    "kernel": {name: name for name in ("conv1", "conv2", "shortcut")},
+    "table": {"task_prior": "task", "modality_prior": "modality"},
+    "linear": {"0.fc1": "fc1", "0.fc2": "fc2", "1.fc1": "fc3", "1.fc2": "fc4"},
+    "read": {"prior_aggregate_block": "tokens_read", "feat_aggregate_block": "features_read"},
+    "part": {"norm1": "norm_q", "norm2": "norm_kv", "fn.to_q": "to_q", "fn.to_kv": "to_kv", "fn.to_out": "to_out"},
+    "mlp": {"prior_ffn": "tokens_mlp", "feat_ffn": "features_mlp"},
+    "norm": {"norm": "norm", "fn.fc1": "fc1", "fn.fc2": "fc2"},
+    "se": {"0": "squeeze", "2": "excite"},
 }
-_BLOCK = r"(down[234]|up[12])\.trans_blocks\.blocks\.(\d+)\."
-
-
-def _block(m: re.Match[str]) -> str:
-    return f"backbone.fusion.{_MEDFORMER_PLACES[m[1]]}.blocks.{m[2]}"
-
-
-_MEDFORMER_RULES: list[Rule] = [
-    *_HEAD_RULES,
-    (r"down(\d)\.patch_merging\.(reduction\.\w+\.weight)", lambda m: f"backbone.merge.{int(m[1]) - 1}.{m[2]}"),
-    (rf"down1\.conv_blocks\.(\d+)\.{_KERNEL}", lambda m: f"backbone.down1.blocks.{m[1]}.{m[2]}"),
-    (rf"up(\d)\.conv_blocks\.(\d+)\.{_KERNEL}", lambda m: f"backbone.up.{int(m[1]) - 3}.blocks.{m[2]}.{m[3]}"),
-    (r"down(\d)\.map_gen\.(\w+\.weight)", lambda m: f"backbone.maps.{int(m[1]) - 2}.{m[2]}"),
-    (r"(\w+)\.prior_selection\.(task|modality)_prior", lambda m: f"pools.{_MEDFORMER_PLACES[m[1]]}.{m[2]}"),
-    (r"up(\d)\.map_reduction\.weight", lambda m: f"backbone.map_reduction.{int(m[1]) - 1}.weight"),
-    (r"map_fusion\.((?:in|out)_proj\.\d\.weight)", lambda m: f"backbone.map_fusion.{m[1]}"),
-    (
-        r"map_fusion\.fusion\.layers\.(\d+)\.(\d\.(?:norm|fn\.\w+))\.(\w+)",
-        lambda m: f"backbone.map_fusion.{_MAP_PARTS[m[2]].format(m[1])}.{m[3]}",
-    ),
-    (rf"{_BLOCK}norm2\.(\w+)", lambda m: f"{_block(m)}.norm_tokens.{m[3]}"),
-    (rf"{_BLOCK}attn\.([\w.]+)", lambda m: f"{_block(m)}.attention.{m[3]}"),
-    (rf"{_BLOCK}shortcut\.conv\.weight", lambda m: f"{_block(m)}.shortcut.weight"),
-    (rf"{_BLOCK}feedforward\.(\w+)\.conv\.weight", lambda m: f"{_block(m)}.feedforward.{m[3]}.weight"),
-    (
-        rf"{_BLOCK}feedforward\.se\.excitation\.([02])\.(\w+)",
-        lambda m: f"{_block(m)}.feedforward.{'squeeze' if m[3] == '0' else 'excite'}.{m[4]}",
-    ),
+_RESUNET_WORDS: Words = {**_WORDS, "place": _RESUNET_PLACES, "head": {"out": "head"}}
+_MEDFORMER_WORDS: Words = {
+    **_WORDS,
+    "place": _MEDFORMER_PLACES,
+    "head": {"out_classifier": "head", "aux_classifier": "aux_head"},
+}
+_HEAD_PAIRS: list[Pair] = [
+    ("{head}.norm.{param}", "{head}.norm.{param}"),
+    ("{head}.classifier_pred.{linear}.{param}", "{head}.{linear}.{param}"),
+    ("mod_out.norm.{param}", "modality_head.norm.{param}"),
+    ("mod_out.classifier.{word}.{param}", "modality_head.{word}.{param}"),
+    ("inc.conv1.weight", "backbone.stem.conv.weight"),
+    ("inc.conv2.{kernel}.conv.weight", "backbone.stem.block.{kernel}"),
 ]
+_LAYER, _FUSED = "{place}.attn_layers.{j}", "backbone.fusion.{place}.blocks.{j}"
+_RESUNET_PAIRS: list[Pair] = [
+    *_HEAD_PAIRS,
+    ("down{i}.conv.{j}.{kernel}.conv.weight", "backbone.down.{i-1}.blocks.{j-1}.{kernel}"),
+    ("up{i}.conv.{j}.{kernel}.conv.weight", "backbone.up.{i-1}.blocks.{j}.{kernel}"),
+    ("{place}.{table}", "pools.{place}.{table}"),
+    (f"{_LAYER}.{{read}}.{{part}}.{{param}}", f"{_FUSED}.{{read}}.{{part}}.{{param}}"),
+    (f"{_LAYER}.{{mlp}}.{{norm}}.{{param}}", f"{_FUSED}.{{mlp}}.{{norm}}.{{param}}"),
+]
+_BLOCK, _MAPS = "{place}.trans_blocks.blocks.{j}", "map_fusion.fusion.layers.{j}"
+_MEDFORMER_PAIRS: list[Pair] = [
+    *_HEAD_PAIRS,
+    ("down{i}.patch_merging.reduction.{word}.weight", "backbone.merge.{i-1}.reduction.{word}.weight"),
+    ("down1.conv_blocks.{j}.{kernel}.conv.weight", "backbone.down1.blocks.{j}.{kernel}"),
+    ("up{i}.conv_blocks.{j}.{kernel}.conv.weight", "backbone.up.{i-3}.blocks.{j}.{kernel}"),
+    ("down{i}.map_gen.{word}.weight", "backbone.maps.{i-2}.{word}.weight"),
+    ("{place}.prior_selection.{table}", "pools.{place}.{table}"),
+    ("up{i}.map_reduction.weight", "backbone.map_reduction.{i-1}.weight"),
+    ("map_fusion.{word}.{j}.weight", "backbone.map_fusion.{word}.{j}.weight"),
+    (f"{_MAPS}.0.norm.{{param}}", "backbone.map_fusion.attentions.{j}.norm.{param}"),
+    (f"{_MAPS}.0.fn.{{word}}.{{param}}", "backbone.map_fusion.attentions.{j}.{word}.{param}"),
+    (f"{_MAPS}.1.norm.{{param}}", "backbone.map_fusion.mlps.{j}.norm.{param}"),
+    (f"{_MAPS}.1.fn.{{word}}.{{param}}", "backbone.map_fusion.mlps.{j}.{word}.{param}"),
+    (f"{_BLOCK}.norm2.{{param}}", f"{_FUSED}.norm_tokens.{{param}}"),
+    (f"{_BLOCK}.attn.{{path}}", f"{_FUSED}.attention.{{path}}"),
+    (f"{_BLOCK}.shortcut.conv.weight", f"{_FUSED}.shortcut.weight"),
+    (f"{_BLOCK}.feedforward.se.excitation.{{se}}.{{param}}", f"{_FUSED}.feedforward.{{se}}.{{param}}"),
+    (f"{_BLOCK}.feedforward.{{word}}.conv.weight", f"{_FUSED}.feedforward.{{word}}.weight"),
+]
+
+Rule = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
+
+
+@cache
+def _rules(medformer: bool, back: bool) -> list[Rule]:
+    """From published names to those here, or `back`."""
+    pairs, words = (_MEDFORMER_PAIRS, _MEDFORMER_WORDS) if medformer else (_RESUNET_PAIRS, _RESUNET_WORDS)
+    if back:
+        pairs = [(here, published) for published, here in pairs]
+        words = {field: {here: published for published, here in known.items()} for field, known in words.items()}
+    return [_rule(source, target, words) for source, target in pairs]
+
+
+def _rule(source: str, target: str, words: Words) -> Rule:
+    shifts = {m[1]: int(m[2] or 0) for m in _FIELD.finditer(source)}
+
+    def expression(field: re.Match[str]) -> str:
+        known = words.get(field[1])
+        return f"(?P<{field[1]}>{_FREE[field[1]] if known is None else '|'.join(map(re.escape, known))})"
+
+    def fill(match: re.Match[str]) -> str:
+        def value(field: re.Match[str]) -> str:
+            text = match[field[1]]
+            if field[1] in ("i", "j"):
+                return str(int(text) - shifts[field[1]] + int(field[2] or 0))
+            return words[field[1]][text] if field[1] in words else text
+
+        return _FIELD.sub(value, target)
+
+    return re.compile(_FIELD.sub(expression, source.replace(".", r"\."))), fill
+
+
+def _rewrite(name: str, rules: Iterable[Rule]) -> str | None:
+    for pattern, fill in rules:
+        match = pattern.fullmatch(name)
+        if match:
+            return fill(match)
+    return None
 
 
 def from_state_dict(state: Mapping[str, Tensor]) -> Hermes:
@@ -128,23 +147,21 @@ def is_medformer(names: Iterable[str]) -> bool:
 
 def rename(names: Iterable[str]) -> dict[str, str]:
     """Published name -> name here. Raises ModelError listing names that no published model has."""
-    renamed: dict[str, str] = {}
-    unknown: list[str] = []
     names = list(names)
-    rules = _MEDFORMER_RULES if is_medformer(names) else _RESUNET_RULES
-    for name in names:
-        for pattern, rule in rules:
-            match = re.fullmatch(pattern, name)
-            if match:
-                renamed[name] = rule(match)
-                break
-        else:
-            unknown.append(name)
+    rules = _rules(is_medformer(names), back=False)
+    found = {name: _rewrite(name, rules) for name in names}
+    unknown = [name for name, here in found.items() if here is None]
     if unknown:
         raise ModelError(
             f"unexpected names in the state dict: {_some(unknown)}; expected those of a published Hermes-R or Hermes-M"
         )
-    return renamed
+    return {name: here for name, here in found.items() if here is not None}
+
+
+def published_name(name: str, *, medformer: bool) -> str:
+    """The inverse of `rename` for one name (the null token lies in the published task table); itself where there is none."""
+    name = f"{name.removesuffix('.null')}.task" if name.endswith(".null") else name
+    return _rewrite(name, _rules(medformer, back=True)) or name
 
 
 def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,8 +174,10 @@ def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for old, new in rename(state).items():
         value = state[old]
         if new.endswith(".task"):
+            _shape(state, old, 2)
             weights[f"{new.removesuffix('.task')}.null"], value = value[-1:], value[:-1]
         elif re.fullmatch(r"up\d\.conv_blocks\.0\.(conv1|shortcut)\.conv\.weight", old):
+            _shape(state, old, 5)
             value = value.roll(value.shape[0], dims=1)
         elif ".se.excitation." in old and value.dim() == 5:
             value = value.flatten(1)
@@ -172,8 +191,10 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], publishe
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
     if missing or unexpected:
+        medformer = is_medformer(published_names.values())
+        wanted = sorted({published_name(n, medformer=medformer) for n in missing})
         said = [published_names.get(n, n) for n in unexpected]
-        raise ModelError(f"the state dict does not fit the model: missing {_some(missing)}; unexpected {_some(said)}")
+        raise ModelError(f"the state dict does not fit the model: missing {_some(wanted)}; unexpected {_some(said)}")
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != weights[name].shape:
@@ -193,10 +214,18 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({m[1] for m in (re.match(pattern, name) for name in state) if m})
 
 
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+def _shape(state: Mapping[str, Tensor], name: str, n_axes: int) -> tuple[int, ...]:
     if name not in state:
         raise ModelError(f"the state dict has no tensor {name!r}; is it a published Hermes-R or Hermes-M?")
-    return tuple(state[name].shape)
+    shape = tuple(state[name].shape)
+    if len(shape) != n_axes or 0 in shape:
+        raise ModelError(f"tensor {name}: the state dict has shape {shape}, expected {n_axes} axes, none of them empty")
+    return shape
+
+
+def base_channels(state: Mapping[str, Tensor]) -> int:
+    """Channels of the stem. Raises ModelError if the stem is missing or no convolution."""
+    return _shape(state, "inc.conv1.weight", 5)[0]
 
 
 def block_counts(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
@@ -206,7 +235,7 @@ def block_counts(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
 
 
 def _empty_resunet(state: Mapping[str, Tensor]) -> Hermes:
-    base = _shape(state, "inc.conv1.weight")[0]
+    base = base_channels(state)
     encoder, decoder = block_counts(state)
     depth = {place: _count(state, rf"{name}\.attn_layers\.(\d+)\.") for name, place in _RESUNET_PLACES.items()}
     backbone = ResUNet(base, encoder, decoder, Fusion(depth, bidirectional=True, kind="fused"))
@@ -216,8 +245,8 @@ def _empty_resunet(state: Mapping[str, Tensor]) -> Hermes:
 def _pools(state: Mapping[str, Tensor], channels: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
     """The pools and counts of a published state dict, as arguments of Hermes."""
     first = next(iter(names))
-    n_rows = _shape(state, f"{first}.task_prior")[0]
-    n_modalities, length, _ = _shape(state, f"{first}.modality_prior")
+    n_rows = _shape(state, f"{first}.task_prior", 2)[0]
+    n_modalities, length, _ = _shape(state, f"{first}.modality_prior", 3)
     pools = {
         place: PriorPool(channels[place], n_tasks=n_rows - 1, n_modalities=n_modalities, length=length, null=True)
         for place in names.values()
@@ -226,13 +255,13 @@ def _pools(state: Mapping[str, Tensor], channels: Mapping[str, int], names: Mapp
 
 
 def _empty_medformer(state: Mapping[str, Tensor]) -> Hermes:
-    base = _shape(state, "inc.conv1.weight")[0]
+    base = base_channels(state)
     backbone = MedFormer(
         base,
         {p: _count(state, rf"{name}\.trans_blocks\.blocks\.(\d+)\.") for name, p in _MEDFORMER_PLACES.items()},
         fusion=Fusion({}, bidirectional=True, kind="fused"),
         conv_blocks=[_count(state, rf"{stage}\.conv_blocks\.(\d+)\.") for stage in ("down1", "up3", "up4")],
-        map_tokens=_shape(state, "down2.map_gen.semantic_proj.weight")[0],
+        map_tokens=_shape(state, "down2.map_gen.semantic_proj.weight", 5)[0],
         fusion_layers=_count(state, r"map_fusion\.fusion\.layers\.(\d+)\."),
     )
     names = {f"{stage}.prior_selection": place for stage, place in _MEDFORMER_PLACES.items()}

@@ -2,7 +2,8 @@
 
 Facts 2.4 and 4.1. Rows of the published tables that no task or modality uses (task row 71) are left behind; modality rows are
 reordered to the table's order of first appearance. Class names other than DLBS's appear nowhere in the published code: they
-follow the datasets' own label tables.
+follow the datasets' own label tables. All names are those of `configs/collections/hermes_upstream.json`, since rows and stores
+meet by name.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 from hermes_dist.config import Config, resolve, validate
 from hermes_dist.errors import ModelError
 from hermes_dist.models import build_model
-from hermes_dist.models.published import block_counts, is_medformer, load_weights, rename, translate
+from hermes_dist.models.published import base_channels, block_counts, is_medformer, load_weights, rename, translate
 from hermes_dist.tasks import TaskTable
 
-MODALITIES = ("CT", "PET", "T1", "T2", "cine", "MR")
+MODALITIES = ("CT", "PET", "T1", "T2", "cineMRI", "MR")
 """Rows of the published modality tables; the last one is MR of unknown sequence (all of AMOS MR)."""
 
 _ABDOMEN = (
@@ -35,7 +36,7 @@ _BTCV = (
 _HEAD = (
     "left_eye right_eye left_lens right_lens left_optic_nerve right_optic_nerve optic_chiasm pituitary brainstem "
     "left_temporal_lobe right_temporal_lobe spinal_cord left_parotid right_parotid left_inner_ear right_inner_ear "
-    "left_middle_ear right_middle_ear left_tmj right_tmj left_mandible right_mandible"
+    "left_middle_ear right_middle_ear left_temporomandibular_joint right_temporomandibular_joint left_mandible right_mandible"
 )
 _CHAOS = "liver right_kidney left_kidney spleen"
 _DATASETS = (
@@ -48,14 +49,14 @@ _DATASETS = (
     ("chaos_t1", "T1", "abdomen", _CHAOS),
     ("chaos_t2", "T2", "abdomen", _CHAOS),
     ("structseg_head_oar", "CT", "head and neck", _HEAD),
-    ("mnm", "cine", "heart", "left_ventricle myocardium right_ventricle"),
-    ("brain_structure", "T1", "brain", "grey_matter white_matter csf"),
+    ("mnm", "cineMRI", "heart", "left_ventricle myocardium right_ventricle"),
+    ("brain_structure", "T1", "brain", "grey_matter white_matter cerebrospinal_fluid"),
     ("autopet", "PET", "whole body", "lesion"),
 )
 
 
 def paper_tasks() -> TaskTable:
-    """The 71 tasks of the paper's eleven datasets, ids as published.
+    """The 71 tasks of the paper's eleven datasets, ids as published; label values count from 1 in every dataset.
 
     AMOS CT and MR share their tasks. CHAOS, one dataset of two sequences with the same tasks, has a row for each, because a
     row of the table has one modality.
@@ -92,8 +93,12 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def release_config(state: Mapping[str, Tensor], out: Path) -> Config:
-    """The resolved configuration of a run directory `out` with these weights (reading: published)."""
-    model: dict[str, Any] = {"reading": "published", "base_channels": state["inc.conv1.weight"].shape[0]}
+    """The resolved configuration of a run directory `out` with these weights (reading: published).
+
+    Raises:
+        ModelError: no Hermes-R or Hermes-M.
+    """
+    model: dict[str, Any] = {"reading": "published", "base_channels": base_channels(state)}
     if is_medformer(state):
         model["backbone"] = "medformer"
     else:
@@ -125,8 +130,7 @@ def _cut(name: str, tensor: Tensor, tasks: TaskTable, published: str) -> Tensor:
 
 
 def _rows(tensor: Tensor, rows: Sequence[int], name: str) -> Tensor:
-    if max(rows) >= tensor.shape[0]:
-        raise ModelError(
-            f"tensor {name} has {tensor.shape[0]} rows (without the null row); the paper's table needs {max(rows) + 1}"
-        )
+    n_rows = tensor.shape[0] if tensor.ndim else 0
+    if max(rows) >= n_rows:
+        raise ModelError(f"tensor {name} has {n_rows} rows (without the null row); the paper's table needs {max(rows) + 1}")
     return tensor[list(rows)]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hermes_dist.models.published import from_state_dict, rename
+from hermes_dist.models.published import from_state_dict, published_name, rename
 from hermes_dist.seg.losses import pair_losses
 
 # Norms over 8 or 12 voxels at 16x make some gradients ill-conditioned: the float32 reference is itself up to 1.6e-3 (R) and
@@ -76,3 +76,9 @@ def test_gradient_norms_of_the_reference(vector: Any) -> None:
     double = grad_norms(from_state_dict(vector.state).double(), vector)
     assert worst(double, vector.facts["grad_norms"]) < limit
     assert worst(grad_norms(from_state_dict(vector.state), vector), double) < 4 * limit
+
+
+def test_every_name_has_a_way_back(vector: Any) -> None:
+    medformer = vector.facts["model"] == "M"
+    for published, here in rename(vector.state).items():
+        assert published_name(here, medformer=medformer) == published

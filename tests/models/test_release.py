@@ -12,64 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from hermes_dist.config import load_config
 from hermes_dist.errors import ModelError
 from hermes_dist.models import build_model
-from hermes_dist.models.published import from_state_dict
-from hermes_dist.models.release import MODALITIES, paper_tasks, read_checkpoint
+from hermes_dist.models.published import from_state_dict, published_name, rename
+from hermes_dist.models.release import MODALITIES, paper_tasks, read_checkpoint, release_config, release_weights
 from hermes_dist.tasks import TaskTable
+from tests.models.published_state import BLOCKS, published_state
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = (1, 2, 1, 2)
-
-
-def published_state(base: int = 8, blocks: tuple[int, int, int, int] = BLOCKS, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under published names, Hermes-R of a block list."""
-    shapes: dict[str, tuple[int, ...]] = {"inc.conv1.weight": (base, 1, 3, 3, 3)}
-    kernel = (3, 3, 3)
-
-    def block(prefix: str, i: int, o: int) -> None:
-        shapes[f"{prefix}.conv1.conv.weight"] = (o, i, *kernel)
-        shapes[f"{prefix}.conv2.conv.weight"] = (o, o, *kernel)
-        if i != o:
-            shapes[f"{prefix}.shortcut.conv.weight"] = (o, i, *kernel)
-
-    c = [base * w for w in (1, 2, 4, 8, 10)]
-    block("inc.conv2", base, base)
-    for s in range(4):
-        for n in range(blocks[s]):
-            block(f"down{s + 1}.conv.{n + 1}", c[s] if n == 0 else c[s + 1], c[s + 1])
-        for n in range((blocks[2], blocks[1], blocks[0], 2)[s]):
-            block(f"up{s + 1}.conv.{n}", c[4 - s] + c[3 - s] if n == 0 else c[3 - s], c[3 - s])
-    names = ("prior_init_fuse_2", "prior_init_fuse_3", "prior_init_fuse_4", "prior_fuse_5", "prior_fuse_6")
-    for name, w, depth in zip(names, (c[2], c[3], c[4], c[3], c[2]), (2, 2, 4, 2, 2), strict=True):
-        shapes |= {f"{name}.task_prior": (73, w), f"{name}.modality_prior": (6, 10, w)}
-        inner = 32 * (w // 32)
-        for n in range(depth):
-            for side in ("prior", "feat"):
-                p = f"{name}.attn_layers.{n}.{side}_aggregate_block"
-                shapes |= {
-                    f"{p}.{x}": (w,) for x in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "fn.to_out.bias")
-                }
-                shapes |= {f"{p}.fn.to_q.weight": (inner, w), f"{p}.fn.to_kv.weight": (2 * inner, w)}
-                shapes |= {f"{p}.fn.to_out.weight": (w, inner)}
-                p = f"{name}.attn_layers.{n}.{side}_ffn"
-                shapes |= {f"{p}.norm.weight": (w,), f"{p}.norm.bias": (w,), f"{p}.fn.fc1.weight": (4 * w, w)}
-                shapes |= {f"{p}.fn.fc1.bias": (4 * w,), f"{p}.fn.fc2.weight": (w, 4 * w), f"{p}.fn.fc2.bias": (w,)}
-    wide = 34 * base
-    for prefix, dims in (
-        ("out.classifier_pred.0", (wide, wide, base)),
-        ("out.classifier_pred.1", (base, base, base)),
-        ("mod_out.classifier", (wide, wide, 6)),
-    ):
-        for n in (1, 2):
-            shapes |= {f"{prefix}.fc{n}.weight": (dims[n], dims[n - 1]), f"{prefix}.fc{n}.bias": (dims[n],)}
-    for prefix in ("out.norm", "mod_out.norm"):
-        shapes |= {f"{prefix}.weight": (wide,), f"{prefix}.bias": (wide,)}
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(s, generator=generator) * (0.05 if len(s) > 1 else 0.3) for n, s in shapes.items()}
 
 
 def test_the_papers_table() -> None:
@@ -159,5 +111,60 @@ def test_wrong_tensors_are_named_with_both_shapes() -> None:
     with pytest.raises(ModelError, match=r"unexpected names in the state dict: decoder\.weight"):
         from_state_dict({**state, "decoder.weight": torch.zeros(1)})
     del state["out.norm.bias"]
-    with pytest.raises(ModelError, match=r"missing head\.norm\.bias"):
+    with pytest.raises(ModelError, match=r"missing out\.norm\.bias"):
         from_state_dict(state)
+
+
+def test_table_and_recipe_use_the_same_names() -> None:
+    """Rows of an imported run and datasets of a store meet by name; the order of both gives the ids."""
+    recipe = json.loads((ROOT / "configs" / "collections" / "hermes_upstream.json").read_text())
+    rows = [(d["name"], d["modality"], d["region"], [(label, [1]) for label in d["labels"]], None) for d in recipe["datasets"]]
+    wanted = TaskTable.build(rows, recipe["shared_tasks"])
+    tasks = paper_tasks()
+    assert tasks.modalities == wanted.modalities
+    for ours, theirs in zip(tasks.datasets, wanted.datasets, strict=True):
+        assert (ours.name, ours.modality, ours.region) == (theirs.name, theirs.modality, theirs.region)
+        assert ours.class_names == theirs.class_names
+        assert ours.task_ids == theirs.task_ids
+
+
+def test_published_names_and_back() -> None:
+    state = published_state()
+    for published, here in rename(state).items():
+        assert published_name(here, medformer=False) == published
+    assert published_name("pools.enc4.null", medformer=False) == "prior_init_fuse_2.task_prior"
+
+
+@pytest.mark.parametrize("name", [*list(published_state())[::150], "inc.conv1.weight", "prior_init_fuse_2.modality_prior"])
+def test_every_missing_tensor_is_named_as_published(name: str) -> None:
+    state = {n: tensor for n, tensor in published_state().items() if n != name}
+    with pytest.raises(ModelError) as error:
+        from_state_dict(state)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("inc.conv1.weight", ()),
+        ("prior_init_fuse_2.task_prior", (0,)),
+        ("prior_init_fuse_2.modality_prior", (6, 64)),
+        ("up1.conv.0.conv1.conv.weight", (7,)),
+    ],
+)
+def test_tensors_of_another_rank_are_named(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    state = {**published_state(), name: torch.zeros(shape)}
+    with pytest.raises(ModelError, match=name):
+        from_state_dict(state)
+    with pytest.raises(ModelError, match=name):
+        release_weights(state, release_config(state, tmp_path / "run"), paper_tasks())
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"layer4.0.weight": torch.zeros(3, 3)}, {**published_state(), "prior_fuse_9.task_prior": torch.zeros(3)}],
+    ids=["another network", "another place"],
+)
+def test_files_of_other_networks_are_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ModelError, match=r"published Hermes-R or Hermes-M"):
+        release_weights(state, release_config(state, tmp_path / "run"), paper_tasks())
