@@ -203,7 +203,7 @@ def change_intensity(image: Image, numbers: Draw) -> Image:
     if numbers.contrast is not None:
         low, high, mean, _ = kernels.moments(flat)
         kernels.linear_clamped(flat, numbers.contrast, mean * (1 - numbers.contrast), low, high)
-    if numbers.blur_sigma_vox is not None:
+    if numbers.blur_sigma_vox:  # 0 changes nothing, and has no kernel
         out = np.empty_like(image)
         kernels.blur_into(image, gaussian_kernel(numbers.blur_sigma_vox), np.empty_like(image), out)
         image, flat = out, out.reshape(-1)

@@ -75,7 +75,7 @@ def change_intensity(image: Float32[Tensor, "Z Y X"], numbers: Draw) -> Float32[
     if numbers.contrast is not None:
         low, high, mean = image.amin(), image.amax(), image.double().mean().float()
         image = (image * numbers.contrast + mean * (1 - numbers.contrast)).clamp(low, high)
-    if numbers.blur_sigma_vox is not None:
+    if numbers.blur_sigma_vox:
         image = _blur(image, torch.from_numpy(gaussian_kernel(numbers.blur_sigma_vox)).to(image.device))
     if numbers.noise_std is not None:
         image = image + numbers.noise_std * noise(image.numel(), numbers.noise_key, image.device).view_as(image)

@@ -213,3 +213,16 @@ def test_order_of_changes_is_the_published_one() -> None:
     for names in (("brightness", "brightness_add"), ("gamma",), ("contrast",), ("blur_sigma_vox",), ("noise_std", "noise_key")):
         expected = change_intensity(expected, replace(Draw(), **{n: getattr(numbers, n) for n in names}))
     np.testing.assert_allclose(change_intensity(image.copy(), numbers), expected, atol=1e-6)
+
+
+def test_ranges_of_zero_width_change_nothing() -> None:
+    """The natural way to say "off" for one change: no NaN, no empty kernel."""
+    off = {"rotation_deg": 0, "scale": 1, "shear": 0, "brightness": 0, "brightness_add_std": 0, "gamma": (1, 1), "contrast": 0}
+    always = {"spatial_probability": 1, "intensity_probability": 1}
+    config = AugmentConfig.model_validate({**off, **always, "blur_sigma_vox": (0, 0), "noise_std": 0})
+    image, label = volume(PATCH)
+    got_image, got_label = augment(image, label, 3, config)
+    np.testing.assert_allclose(got_image, image, atol=1e-4)
+    np.testing.assert_array_equal(got_label, label)
+    on_device = augment_device.change_intensity(torch.from_numpy(image), draw(3, config)).numpy()
+    np.testing.assert_allclose(on_device, image, atol=1e-4)
