@@ -2,8 +2,9 @@
 
 One file per range, named by a hash of store, path and range; stores never change an object in place, so an entry cannot go stale.
 Space is reserved under a file lock before anything is written, and the least recently used entries go first, so the folder never
-holds more than its bound, whoever writes. Every entry carries a checksum: a damaged one is a miss. Trouble with the disk (full,
-read-only, a lock that nobody frees) costs the cache, never a sample.
+holds more than its bound, whoever writes. The lock is held for one small read and write: entries are listed and deleted without
+it, by one process at a time. Every entry carries a checksum: a damaged one is a miss. Trouble with the disk (full, read-only, a
+lock that nobody frees) costs the cache, never a sample, and next to no time: who finds the lock busy keeps nothing for a moment.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from hermes_dist.errors import StoreError
 from hermes_dist.shards.codec import crc32c
 from hermes_dist.shards.storage import Storage
 
-LOCK_WAIT_S = 2.0
+LOCK_WAIT_S = 0.002
+"""Others hold the lock for less; whoever does not get it so soon does without the cache …"""
+BUSY_PAUSE_S = 0.2
+"""… for this long."""
 KEEP_FRACTION = 0.8
 """Eviction goes down to this share of the bound, so that it is rare."""
 TOUCH_S = 30
@@ -39,8 +43,9 @@ class DiskCache:
     def __init__(self, folder: str | Path, limit_bytes: int) -> None:
         self._folder = Path(folder)
         self._limit = limit_bytes
+        self._resume_s = 0.0
         self.failures = 0
-        """Entries that could not be written (disk full, lock busy)."""
+        """Entries that could not be written (disk full, lock busy, another process is making room)."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -70,6 +75,9 @@ class DiskCache:
         n_bytes = len(data) + TRAILER_BYTES
         if n_bytes > self._limit * KEEP_FRACTION or path.exists():
             return
+        if time.monotonic() < self._resume_s:
+            self.failures += 1
+            return
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             self._reserve(n_bytes)
@@ -78,6 +86,9 @@ class DiskCache:
                 file.write(data)
                 file.write(crc32c(data).to_bytes(TRAILER_BYTES, "little"))
             os.replace(temporary, path)
+        except BlockingIOError:
+            self.failures += 1
+            self._resume_s = time.monotonic() + BUSY_PAUSE_S
         except OSError:
             self.failures += 1
             with suppress(OSError):
@@ -112,13 +123,31 @@ class DiskCache:
                         yield stat.st_mtime, stat.st_size, Path(entry.path)
 
     def _reserve(self, n_bytes: int) -> None:
-        """Count bytes that are about to be written; evict first if they would not fit."""
-        with self._locked() as ledger:
-            text = os.pread(ledger, 32, 0)
-            used = int(text) if text.strip().isdigit() else self._limit
-            if used + n_bytes > self._limit:
-                used = self._evict(n_bytes)
-            os.pwrite(ledger, f"{used + n_bytes:<32}".encode(), 0)
+        """Count bytes that are about to be written; evict first if they would not fit.
+
+        Raises:
+            BlockingIOError: a lock is busy, or others took the room.
+        """
+        with self._locked("ledger") as ledger:
+            used = self._counted(ledger)
+            if used + n_bytes <= self._limit:
+                os.pwrite(ledger, f"{used + n_bytes:<32}".encode(), 0)
+                return
+        with self._locked("eviction"):
+            with self._locked("ledger") as ledger:
+                before = self._counted(ledger)
+            left = self._evict(n_bytes)
+            with self._locked("ledger") as ledger:
+                used = left + max(self._counted(ledger) - before, 0)  # what others reserved meanwhile
+                fits = used + n_bytes <= self._limit
+                os.pwrite(ledger, f"{used + n_bytes * fits:<32}".encode(), 0)
+        if not fits:
+            raise BlockingIOError
+
+    def _counted(self, ledger: int) -> int:
+        """The ledger's number; one that cannot be read counts as full, so that eviction heals it."""
+        text = os.pread(ledger, 32, 0)
+        return int(text) if text.strip().isdigit() else self._limit
 
     def _evict(self, n_bytes: int) -> int:
         """Delete the least recently used entries; returns what is left. Also heals a ledger that a killed process left wrong."""
@@ -133,8 +162,8 @@ class DiskCache:
         return used
 
     @contextmanager
-    def _locked(self) -> Generator[int]:
-        descriptor = os.open(self._folder / "ledger", os.O_RDWR | os.O_CREAT, 0o644)
+    def _locked(self, name: str = "ledger") -> Generator[int]:
+        descriptor = os.open(self._folder / name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             limit = time.monotonic() + LOCK_WAIT_S
             while True:
@@ -144,18 +173,23 @@ class DiskCache:
                 except BlockingIOError:
                     if time.monotonic() > limit:
                         raise
-                    time.sleep(0.005)
+                    time.sleep(0.0002)
             yield descriptor
         finally:
             os.close(descriptor)
 
 
 class CachedStorage:
-    """A `Storage` whose byte ranges are kept in a `DiskCache`; everything else goes straight through."""
+    """A `Storage` whose byte ranges are kept in a `DiskCache`; everything else goes straight through.
 
-    def __init__(self, inner: Storage, cache: DiskCache) -> None:
+    Ranges are kept before anybody knows whether their checksums match. With `anew`, for one that did not, what is kept is
+    dropped and fetched again.
+    """
+
+    def __init__(self, inner: Storage, cache: DiskCache, *, anew: bool = False) -> None:
         self._inner = inner
         self._cache = cache
+        self._anew = anew
         self.hits = 0
         self.misses = 0
         self.read = inner.read
@@ -173,6 +207,9 @@ class CachedStorage:
     def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
         """See `Storage.read_ranges`; what is not cached is fetched together."""
         keys = [self._key(path, *part) for part in ranges]
+        if self._anew:
+            for key in keys:
+                self._cache.drop(key)
         kept = [self._cache.get(key) for key in keys]
         missing = [part for part, data in zip(ranges, kept, strict=True) if data is None]
         self.hits += len(ranges) - len(missing)

@@ -120,6 +120,7 @@ class ShardStore:
 
         Raises:
             CorruptShardError: a checksum does not match. StoreError: missing. TransientStorageError: may work again.
+            StorageAccessError: refused.
         """
         case = self.manifest.row(row) if isinstance(row, int | np.integer) else row
         if len(start_vox_zyx) != 3 or len(size_vox_zyx) != 3 or min(size_vox_zyx) < 1:
@@ -191,7 +192,9 @@ class ShardStore:
         except CorruptShardError:
             if isinstance(self._origin, LocalStorage):
                 raise
-            self._fill(self._origin, case, job)  # what is damaged may be the copy on this host, or what came over the network
+            # What is damaged may be the copy on this host, or what came over the network: asked for again, and kept instead.
+            again = self._origin if self.cache is None else CachedStorage(self._origin, self.cache, anew=True)
+            self._fill(again, case, job)
 
     def _fill(self, storage: Storage, case: ManifestRow, job: _Job) -> None:
         began = time.perf_counter()

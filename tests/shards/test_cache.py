@@ -69,9 +69,11 @@ def test_damage_is_a_miss(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
+import time
 from hermes_dist.shards.cache import DiskCache
 cache = DiskCache(sys.argv[1], 200 * 1024)
-for i in range(150):
+for i in range(600):  # long enough that those who found the lock busy come back
+    time.sleep(0.001)
     name = f"{(int(sys.argv[2]) * 1000 + i) % 100:032x}"[::-1]
     data = cache.get(name)
     assert data is None or data == name.encode() * 100
@@ -102,7 +104,7 @@ def test_a_ledger_left_wrong_is_healed(tmp_path: Path) -> None:
 
 def test_trouble_with_the_disk_costs_the_cache_not_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = DiskCache(tmp_path, 100 * KIB)
-    monkeypatch.setattr(cache_module, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(cache_module, "BUSY_PAUSE_S", 0)
     with open(tmp_path / "ledger", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         cache.put(key(1), b"x")
@@ -118,6 +120,43 @@ def test_trouble_with_the_disk_costs_the_cache_not_the_sample(tmp_path: Path, mo
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cache_dir"):
         DiskCache(tmp_path / "file" / "cache", 100)
+
+
+def test_a_busy_lock_is_not_waited_for_and_left_alone_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cache_module, "LOCK_WAIT_S", -1)
+    cache = DiskCache(tmp_path, 100 * KIB)
+    with open(tmp_path / "ledger", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        cache.put(key(1), b"x")
+    cache.put(key(1), b"x")
+    assert (cache.get(key(1)), cache.failures) == (None, 2)
+    now[0] += cache_module.BUSY_PAUSE_S
+    cache.put(key(1), b"x")
+    assert (cache.get(key(1)), cache.failures) == (b"x", 2)
+
+
+def test_entries_are_deleted_without_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one process makes room others look up and reserve; what they reserve meanwhile is counted."""
+    cache, other = (DiskCache(tmp_path, 100 * KIB) for _ in range(2))
+    monkeypatch.setattr(cache_module, "LOCK_WAIT_S", -1)
+    for i in range(9):
+        cache.put(key(i), bytes(11 * KIB - 4))
+    unlink, met = Path.unlink, list[int]()
+
+    def unlink_slowly(path: Path, missing_ok: bool = False) -> None:
+        if not met:
+            other.put(key(20), bytes(KIB - 4))
+            other.put(key(21), bytes(50 * KIB))  # no room, and another process is at it
+            met.append(other.failures)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_slowly)
+    cache.put(key(10), bytes(11 * KIB - 4))
+    assert met == [1]
+    assert [other.get(key(i)) is not None for i in (10, 20, 21)] == [True, True, False]
+    assert cache.counted_bytes() == cache.used_bytes() <= 100 * KIB
 
 
 class Counting(LocalStorage):
@@ -143,3 +182,14 @@ def test_only_what_is_missing_is_fetched_in_order(tmp_path: Path) -> None:
     assert inner.asked == [(0, 10), (300, 5), (100, 50)]
     assert (storage.hits, storage.misses) == (5, 3)
     assert storage.size("a") == len(data) == len(storage.read("a"))
+
+
+def test_a_range_that_was_kept_wrong_is_fetched_again_and_kept_instead(tmp_path: Path) -> None:
+    inner, cache = Counting(tmp_path / "store"), DiskCache(tmp_path / "cache", 100 * KIB)
+    inner.write("a", b"right, and the rest")
+    storage = CachedStorage(inner, cache)
+    cache.put(storage._key("a", 0, 5), b"wrong")  # pyright: ignore[reportPrivateUsage]
+    assert [bytes(v) for v in storage.read_ranges("a", [(0, 5)])] == [b"wrong"]
+    assert [bytes(v) for v in CachedStorage(inner, cache, anew=True).read_ranges("a", [(0, 5)])] == [b"right"]
+    assert [bytes(v) for v in storage.read_ranges("a", [(0, 5)])] == [b"right"]
+    assert inner.asked == [(0, 5)]
