@@ -21,6 +21,7 @@ from hermes_dist.errors import (
     GeometryError,
     HermesError,
     SourceError,
+    StorageAccessError,
     StoreError,
     TransientStorageError,
 )
@@ -151,8 +152,8 @@ def run_job(job: Job, target: Target | None) -> Outcome:
     Findings of damaged data become a `rejected` outcome.
 
     Raises:
-        StoreError, CorruptShardError, TransientStorageError: the store failed. HermesError: not enough memory. Neither says
-            anything of this case, and a rejection would delete what is published of it.
+        StoreError, CorruptShardError, TransientStorageError, StorageAccessError: the store failed. HermesError: not enough
+            memory. Neither says anything of this case, and a rejection would delete what is published of it.
     """
     started = time.perf_counter()
     input_bytes = sum(f.stat().st_size for f in job.case.files if f.is_file())
@@ -173,7 +174,7 @@ def run_job(job: Job, target: Target | None) -> Outcome:
         check = "geometry" if isinstance(error, GeometryError) else "unreadable"
         finding = Finding(check, "reject", str(error), "see the message")
         return _rejected(job, finding.at(dataset, case_id, file), input_bytes, started)
-    except (StoreError, CorruptShardError, TransientStorageError):
+    except (StoreError, CorruptShardError, TransientStorageError, StorageAccessError):
         raise
     except MemoryError as error:
         raise HermesError(

@@ -10,6 +10,7 @@
     │   ├── StoreError           a shard store that is missing, of another version, or inconsistent
     │   └── CorruptShardError    bytes whose checksum does not match: never retried
     ├── TransientStorageError    storage that may work again: retried with backoff
+    ├── StorageAccessError       storage that refuses: credentials, permissions, region; never retried, replaces no sample
     ├── StreamError              the sample stream cannot go on
     │   ├── QuarantineLimitError more corrupt cases than `stream.faults.max_quarantined`
     │   └── WaitTimeoutError     a wait that reached its limit; the message says what it waited for
@@ -70,6 +71,10 @@ class CorruptShardError(DataError):
 
 class TransientStorageError(HermesError):
     """Storage that answered with an error that may pass (throttling, time-out, connection reset)."""
+
+
+class StorageAccessError(HermesError):
+    """Storage that answers, but refuses: credentials, permissions, region. Says nothing about the data, so the run stops."""
 
 
 class StreamError(HermesError):

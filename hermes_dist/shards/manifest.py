@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hermes_dist.errors import CorruptShardError, StoreError, nearest
+from hermes_dist.errors import CorruptShardError, HermesError, StoreError, nearest
+from hermes_dist.shards.storage import storage_error
 
 Vox3 = tuple[int, int, int]
 ROWS_PER_GROUP = 256
@@ -184,7 +185,7 @@ class Manifest:
             self._file = pq.ParquetFile(source, pre_buffer=False, read_dictionary=list(LABELS))
             table = self._file.read(columns=list(NARROW), use_threads=False).unify_dictionaries().combine_chunks()
         except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-            raise CorruptShardError(f"{name} is damaged: {error}; run `hermes-shard merge` or convert again") from None
+            raise _failure(name, error, "run `hermes-shard merge` or convert again") from None
         sizes = [self._file.metadata.row_group(g).num_rows for g in range(self._file.metadata.num_row_groups)]
         self._group_starts = np.cumsum([0, *sizes])[:-1]
         self.name = name
@@ -229,7 +230,7 @@ class Manifest:
             with self._lock:
                 return self._file.read(columns=["content_hash"], use_threads=False).column(0).to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
-            raise CorruptShardError(f"{self.name} is damaged: {error}; convert again") from None
+            raise _failure(self.name, error, "convert again") from None
 
     def rows(self, dataset: str | None = None, split: str | None = None) -> np.ndarray:
         """int64 row numbers of a dataset and split (None = all), sorted by dataset and case id.
@@ -329,7 +330,14 @@ class Manifest:
         try:
             return self._file.read_row_group(group, columns=list(columns), use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
-            raise CorruptShardError(f"{self.name} is damaged in row group {group}: {error}; convert again") from None
+            raise _failure(f"{self.name}, row group {group}", error, "convert again") from None
+
+
+def _failure(name: str, error: Exception, advice: str) -> HermesError:
+    """Damage, or what the operating system said: pyarrow raises OSError for both, but only the latter has a number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return storage_error(name, error)
+    return CorruptShardError(f"{name} is damaged: {error}; {advice}")
 
 
 def _chunk(table: pa.Table, column: str) -> Any:

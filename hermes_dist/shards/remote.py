@@ -23,7 +23,7 @@ import obstore
 from obstore import exceptions as obstore_errors
 from obstore.store import HTTPStore, from_url
 
-from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
+from hermes_dist.errors import CorruptShardError, StorageAccessError, StoreError, TransientStorageError
 from hermes_dist.shards.storage import LocalStorage, Storage, check_path, coalesce, split_url
 
 RETRIES = {
@@ -37,8 +37,10 @@ MAX_GAP_BYTES = 1 << 20
 MAX_JOINED_BYTES = 16 << 20
 """… up to this size; more is fetched concurrently."""
 CONCURRENT_REQUESTS = 8
-PERMANENT_STATUS = re.compile(r"status(?: code)?:? (?:4(?!08|25|29)\d\d|301)\b", re.IGNORECASE)
-"""Answers that will not change: 4xx apart from 408 Timeout, 425 Too Early, 429 Too Many Requests; a wrong region."""
+REFUSED_STATUS = re.compile(r"status(?: code)?:? (?:4(?!08|10|25|29)\d\d|301)\b", re.IGNORECASE)
+"""Answers that will not change: 4xx apart from 408 Timeout, 410 Gone, 425 Too Early, 429 Too Many Requests; a wrong region."""
+PASSING_CODE = re.compile(r"\b(?:ExpiredToken\w*|TokenRefreshRequired|RequestTimeout)\b")
+"""S3 says these with status 400 or 403: credentials that are renewed meanwhile, a connection that was too slow."""
 
 
 def open_storage(url: str) -> Storage:
@@ -92,15 +94,16 @@ class RemoteStorage:
         except FileNotFoundError:
             raise StoreError(f"{name} does not exist; check the URL, or convert again") from None
         except (obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError, PermissionError) as error:
-            raise StoreError(f"{name}: access denied ({_short(error)}); set the credentials in the environment") from None
+            raise _refused(name, _short(error)) from None
         except obstore_errors.NotSupportedError as error:
             raise StoreError(f"{name}: {_short(error)}; this kind of storage cannot do that") from None
         except (obstore_errors.BaseError, OSError) as error:
             text = _short(error)
             if "range" in text.lower() and ("416" in text or "larger than" in text or "beyond" in text):
                 raise CorruptShardError(f"{name} is shorter than expected ({text}); convert this case again") from None
-            kind = StoreError if PERMANENT_STATUS.search(text) else TransientStorageError
-            raise kind(f"{name}: {text}") from None
+            if re.search(r"status(?: code)?:? 410\b", text, re.IGNORECASE):
+                raise StoreError(f"{name} does not exist any more ({text}); convert again") from None
+            raise _refused(name, text) if REFUSED_STATUS.search(text) else TransientStorageError(f"{name}: {text}") from None
 
     def read(self, path: str, limit_bytes: int = 1 << 33) -> bytes:
         """See `Storage.read`."""
@@ -192,7 +195,20 @@ def _connect(url: str) -> Any:
         raise StoreError(f"store {url}: {_short(error)}; check the URL and the credentials in the environment") from None
 
 
+def _refused(name: str, text: str) -> StorageAccessError | TransientStorageError:
+    if PASSING_CODE.search(text):
+        return TransientStorageError(f"{name}: {text}")
+    return StorageAccessError(
+        f"{name}: the storage refuses access ({text}); check the credentials in the environment (AWS_*, GOOGLE_*, AZURE_*) or of "
+        "the machine's role, that they may read (and list: without that, a missing object looks like this too), and the region"
+    )
+
+
 def _short(error: BaseException) -> str:
-    """First lines of obstore's message, without its debug dump."""
-    text = str(error).split("\n\nDebug source")[0]
-    return re.sub(r"\s+", " ", text)[:400]
+    """First lines of obstore's message, without its debug dump, and without what an answer repeats of signatures and tokens."""
+    text = re.sub(r"\s+", " ", str(error).split("\n\nDebug source")[0])
+    text, markup, body = re.sub(r"\?[^\s)\"'<]+", "?…", text).partition("<")
+    if markup:
+        code, message = (re.search(rf"<{tag}>([^<]*)</{tag}>", body) for tag in ("Code", "Message"))
+        text += f"{code[1] if code else '…'}" + (f": {message[1]}" if message else "")
+    return text[:400]

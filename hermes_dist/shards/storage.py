@@ -1,8 +1,9 @@
 """Bytes by URL: the local file system here, everything else through obstore in `remote.py`.
 
-A `Storage` reads and writes whole objects and byte ranges below one root. It classifies what goes wrong: missing or forbidden →
-StoreError, shorter than promised → CorruptShardError, may pass → TransientStorageError. It never follows a path or a symbolic
-link out of its root, and a write is complete or invisible.
+A `Storage` reads and writes whole objects and byte ranges below one root. It classifies what goes wrong: missing → StoreError,
+shorter than promised → CorruptShardError, refused → StorageAccessError, anything else → TransientStorageError. Only the first two
+say something about the data; a sample is replaced for nothing else, or the order would depend on the machine. It never follows a
+path or a symbolic link out of its root, and a write is complete or invisible.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
+from hermes_dist.errors import CorruptShardError, HermesError, StorageAccessError, StoreError, TransientStorageError
 
-TRANSIENT_ERRNO = frozenset(
-    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETRESET, errno.ECONNRESET}
-)
+ACCESS_ERRNO = frozenset({errno.EACCES, errno.EPERM})
+STORE_ERRNO = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""What lies there is not what a store holds …"""
+FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""… or nothing can be written there. Whatever else an operating system may say is no property of the data, and may pass."""
 MAX_GAP_BYTES = 65536
 """Ranges closer than this are read as one (local disk) …"""
 MAX_JOINED_BYTES = 1 << 19
@@ -99,6 +102,20 @@ def split_url(url: str) -> tuple[str, str]:
     return scheme, url
 
 
+def storage_error(name: str, error: OSError) -> HermesError:
+    """What an error of the operating system means for whoever reads or writes `name`."""
+    text = error.strerror or str(error)
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return StoreError(f"{name} does not exist; check the URL, or convert again")
+    if error.errno in ACCESS_ERRNO:
+        return StorageAccessError(f"{name}: {text}; check its owner and permissions, and as whom this program runs")
+    if error.errno in STORE_ERRNO:
+        return StoreError(f"{name}: {text}; this is no file of a store, convert again")
+    if error.errno in FULL_ERRNO:
+        return StoreError(f"{name}: {text}; make room, or name another place")
+    return TransientStorageError(f"{name}: {text}")
+
+
 def coalesce(ranges: Sequence[tuple[int, int]], max_gap: int, max_joined: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
     """Join neighbours that lie near: `[(start, length, [(offset inside, length)])]`, keeping the order."""
     groups: list[tuple[int, int, list[tuple[int, int]]]] = []
@@ -146,11 +163,8 @@ class LocalStorage:
     def _errors(self, path: str) -> Generator[None]:
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(f"{self._root}/{path} does not exist; check the URL, or convert again") from None
         except OSError as error:
-            kind = TransientStorageError if error.errno in TRANSIENT_ERRNO else StoreError
-            raise kind(f"{self._root}/{path}: {error.strerror or error}") from None
+            raise storage_error(f"{self._root}/{path}", error) from None
 
     def read(self, path: str, limit_bytes: int = 1 << 33) -> bytes:
         """See `Storage.read`."""
@@ -165,7 +179,7 @@ class LocalStorage:
         buffer = self._buffer(max((length for _, length, _ in groups), default=0))
         with self._errors(path), open(self._locate_again(path), "rb", buffering=0) as file:
             for start, length, members in groups:
-                got = os.preadv(file.fileno(), [buffer[:length]], start)
+                got = _read_into(file.fileno(), buffer[:length], start)
                 if got != length:
                     raise CorruptShardError(
                         f"{self._root}/{path} ends at byte {start + got}, expected {start + length}; convert this case again"
@@ -184,10 +198,11 @@ class LocalStorage:
 
     def size(self, path: str) -> int | None:
         """See `Storage.size`."""
-        try:
-            return os.stat(self._locate(path)).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with self._errors(path):
+            try:
+                return os.stat(self._locate(path)).st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def write(self, path: str, data: bytes | memoryview) -> None:
         """See `Storage.write`."""
@@ -238,6 +253,17 @@ class LocalStorage:
             if Path(folder) != Path(self._root):
                 with suppress(OSError):  # only an empty folder can be removed
                     os.rmdir(folder)
+
+
+def _read_into(descriptor: int, buffer: memoryview, start: int) -> int:
+    """Fill a buffer; returns how many bytes there were. A file system may give less than asked for before the end of a file."""
+    got = 0
+    while got < len(buffer):
+        n_bytes = os.preadv(descriptor, [buffer[got:]], start + got)
+        if not n_bytes:
+            break
+        got += n_bytes
+    return got
 
 
 def _sync_folder(folder: str) -> None:

@@ -52,9 +52,12 @@ class Handler(BaseHTTPRequestHandler):
         if fault.isdigit():
             self.send_error(int(fault))
             return
-        if fault == "slow down":  # as S3 says it
-            body_xml = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-            self.send_response(503)
+        if fault == "slow down":
+            fault = "503 SlowDown"
+        if spoken := re.fullmatch(r"(\d{3}) (\w+)", fault):  # as S3 says it, who repeats what was sent
+            told = f"<Code>{spoken[2]}</Code><Message>What {spoken[2]} means.</Message><Token-0>SECRET</Token-0>"
+            body_xml = f"<?xml version='1.0' encoding='UTF-8'?>\n<Error>{told}</Error>".encode()
+            self.send_response(int(spoken[1]))
             self.send_header("Content-Type", "application/xml")
             self.send_header("Content-Length", str(len(body_xml)))
             self.end_headers()

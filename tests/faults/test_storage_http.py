@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
+from hermes_dist.errors import CorruptShardError, StorageAccessError, StoreError, TransientStorageError
 from hermes_dist.shards import remote
 from hermes_dist.shards.case import CaseRecord
 from hermes_dist.shards.layout import Layout
@@ -79,7 +79,9 @@ def test_far_ranges_are_fetched_at_the_same_time(server: RangeServer, monkeypatc
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("fault", ["503", "500", "429", "stall", "reset", "cut"])
+@pytest.mark.parametrize(
+    "fault", ["503", "500", "429", "400 RequestTimeout", "400 ExpiredToken", "403 ExpiredToken", "stall", "reset", "cut"]
+)
 def test_what_may_pass_is_transient_and_passes(server: RangeServer, fault: str) -> None:
     store, local = open_store(server.url), open_store(str(server.root))
     server.faults = [fault] * 40
@@ -88,6 +90,7 @@ def test_what_may_pass_is_transient_and_passes(server: RangeServer, fault: str) 
         store.read_crop(0, (0, 0, 0), (20, 20, 20))
     assert time.monotonic() - began < 20
     assert server.url in str(error.value)
+    assert "SECRET" not in str(error.value)
     time.sleep(0 if fault != "stall" else 0.1)
     server.faults = []
     np.testing.assert_array_equal(store.read_crop(0, (0, 0, 0), (20, 20, 20))[0], local.read_crop(0, (0, 0, 0), (20, 20, 20))[0])
@@ -103,11 +106,23 @@ def test_a_single_hiccup_is_smoothed_over(server: RangeServer) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("fault", ["403", "401", "400"])
-def test_what_will_not_change_is_not_transient(server: RangeServer, fault: str) -> None:
+@pytest.mark.parametrize("fault", ["403", "401", "400", "403 SignatureDoesNotMatch", "400 InvalidToken"])
+def test_what_is_refused_is_neither_transient_nor_the_data_s_fault(server: RangeServer, fault: str) -> None:
     store = open_store(server.url)
     server.faults = [fault] * 40
-    with pytest.raises(StoreError):
+    with pytest.raises(
+        StorageAccessError, match=f"{server.url}.*{fault.split(' ')[-1]}.*credentials in the environment"
+    ) as error:
+        store.read_crop(0, (0, 0, 0), (20, 20, 20))
+    assert "SECRET" not in str(error.value)
+    store.close()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_is_gone_is_missing(server: RangeServer) -> None:
+    store = open_store(server.url)
+    server.faults = ["410"] * 40
+    with pytest.raises(StoreError, match="does not exist any more"):
         store.read_crop(0, (0, 0, 0), (20, 20, 20))
     store.close()
 
@@ -137,5 +152,9 @@ def test_bits_flipped_on_the_way_are_noticed_and_asked_for_again(server: RangeSe
     cached.read_crop(0, (0, 0, 0), (1, 1, 1))
     server.faults = ["flip"]  # one: a second could hit the request that asks again
     np.testing.assert_array_equal(cached.read_case(0)[0], local.read_case(0)[0])
+    asked = len(server.ranges)
+    for _ in range(2):
+        np.testing.assert_array_equal(cached.read_case(0)[0], local.read_case(0)[0])
+    assert len(server.ranges) == asked, "what came damaged is not kept"
     plain.close()
     cached.close()

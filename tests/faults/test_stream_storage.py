@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hermes_dist.config import Config
-from hermes_dist.errors import StreamError
+from hermes_dist.errors import StorageAccessError, StreamError
 from hermes_dist.shards import remote
 from hermes_dist.shards.cache import DiskCache
 from hermes_dist.shards.store import ShardStore, open_store
@@ -71,7 +71,9 @@ def events(batches: list[StepBatch], kind: str) -> list[dict[str, Any]]:
     return [e for b in batches for e in b.events if e["kind"] == kind]
 
 
-@pytest.mark.parametrize(("fault", "requests"), [("slow down", 9), ("500", 9), ("stall", 6), ("reset", 9), ("cut", 9)])
+@pytest.mark.parametrize(
+    ("fault", "requests"), [("slow down", 9), ("400 ExpiredToken", 5), ("500", 9), ("stall", 6), ("reset", 9), ("cut", 9)]
+)
 def test_an_endpoint_that_fails_for_a_while_changes_nothing(fault: str, requests: int, bucket: RangeServer, intact: Path) -> None:
     config = make_config(stream__faults=PATIENT, train__max_steps=2)
     store = open_store(URL)
@@ -91,6 +93,17 @@ def test_an_endpoint_that_fails_for_good_stops_the_run_and_names_the_case(bucket
     bucket.faults = ["slow down"] * 10_000
     with pytest.raises(StreamError, match=r"/case\d: storage failed 3 times.*s3://shards/store/.*stream\.faults\.retries"):
         read(make_config(stream__faults={"retries": 2, "backoff_s": 0.01}), store)
+    store.close()
+
+
+@pytest.mark.parametrize("fault", ["403 AccessDenied", "400 InvalidToken"])
+def test_an_endpoint_that_refuses_stops_the_run_at_once(fault: str, bucket: RangeServer) -> None:
+    """A replaced sample would change the order, and say that the data are damaged."""
+    store = open_store(URL)
+    bucket.faults = [fault] * 10_000
+    with pytest.raises(StorageAccessError, match=r"s3://shards/store/.*credentials in the environment"):
+        read(make_config(stream__faults={"retries": 2, "backoff_s": 0.01}), store)
+    assert len(bucket.faults) > 9_900
     store.close()
 
 

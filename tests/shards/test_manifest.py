@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes_dist.errors import CorruptShardError, StoreError
+from hermes_dist.errors import CorruptShardError, StoreError, TransientStorageError
 from hermes_dist.shards import manifest as manifest_module
 from hermes_dist.shards.case import FOREGROUND_PER_CASE, safe_name, sample_foreground
 from hermes_dist.shards.manifest import Manifest, ManifestEntry, ManifestRow, write_manifest
@@ -122,6 +123,23 @@ def test_damage(tmp_path: Path) -> None:
         (tmp_path / "m").write_bytes(bad)
         with pytest.raises(CorruptShardError, match="damaged"):
             Manifest(str(tmp_path / "m"))
+
+
+def test_storage_that_fails_is_no_damage(tmp_path: Path) -> None:
+    """The file that the manifest holds open cannot be read any more; its bytes may be sound."""
+    path = tmp_path / "m"
+    write_manifest((entry(i) for i in range(10)), str(path))
+    manifest = Manifest(str(path), str(path))
+    (held,) = (int(fd.name) for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd) == str(path))
+    kept, unreadable = os.dup(held), os.open(path, os.O_WRONLY)
+    os.dup2(unreadable, held)
+    for read in (lambda: manifest.row(3), lambda: manifest.foreground(3, 0), manifest.content_hashes):
+        with pytest.raises(TransientStorageError, match=str(path)):
+            read()
+    os.dup2(kept, held)
+    assert manifest.row(3) == entry(3).row
+    for number in (kept, unreadable):
+        os.close(number)
 
 
 def test_row_files() -> None:
