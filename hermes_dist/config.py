@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
 
 from hermes_dist.errors import ConfigError, nearest
 
@@ -23,7 +23,9 @@ Precision = Literal["fp32", "bf16"]
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, field docstrings become JSON Schema descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class RunConfig(Section):
@@ -34,16 +36,14 @@ class RunConfig(Section):
     output_dir: str = "runs"
     """Folder that holds the run directories."""
     resume: str = "auto"
-    """`auto` = go on from the newest complete checkpoint if there is one; `never` = start anew (in a new run directory);
-    or a checkpoint's path."""
+    """`auto` = go on from the newest complete checkpoint, if any; `never` = start anew (new folder); or a checkpoint's path."""
 
 
 class MixtureConfig(Section):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Share of a dataset ∝ (cases)^alpha: 1 = every case equally often, 0 = every dataset equally often."""
     weights: dict[str, float] | Literal["hermes"] | None = None
-    """Explicit relative share per dataset name (replaces alpha; a dataset that is not named gets none); `hermes` = the
-    published weights per volume, times the volumes that each dataset has here."""
+    """Relative share per dataset instead of alpha (others: none); `hermes` = published weights per volume × volumes here."""
     block: int = Field(default=256, ge=1)
     """Positions per block; within each block the shares are met exactly (by largest remainder)."""
 
@@ -60,7 +60,7 @@ class DataConfig(Section):
     """URLs or paths of shard stores written by `hermes-shard convert`; several are trained together."""
     split: str = "train"
     """Split that training reads."""
-    patch_vox_zyx: Vox3 = (128, 128, 128)
+    patch_vox_zyx: tuple[PositiveInt, PositiveInt, PositiveInt] = (128, 128, 128)
     """Training patch in voxels, Z Y X."""
     mixture: MixtureConfig = MixtureConfig()
     """How often each dataset is drawn."""
@@ -97,11 +97,18 @@ class StreamConfig(Section):
     wait_limit_s: float = Field(default=300, gt=0)
     """Longest wait for one sample; then the run stops and says what it waited for."""
     cache_mib: int = Field(default=0, ge=0)
-    """Local disk cache for remote stores, shared by the workers of a host (0 = none)."""
-    cache_dir: str | None = None
-    """Folder of that cache."""
+    """Local disk cache for remote stores, shared by the workers of a host (0 = none); needs `cache_dir`."""
+    cache_dir: str | None = Field(default=None, validate_default=True)
+    """Folder of that cache; needs `cache_mib`."""
     faults: FaultsConfig = FaultsConfig()
     """Retries, quarantine and fault injection."""
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _whole_cache(cls, folder: str | None, info: Any) -> str | None:
+        if bool(folder) != bool(info.data.get("cache_mib", 0)):
+            raise ValueError("a cache needs stream.cache_dir, its folder, and stream.cache_mib, its bound; set both or neither")
+        return folder
 
 
 class AugmentConfig(Section):
@@ -111,25 +118,25 @@ class AugmentConfig(Section):
     """On the data workers, batched on the training device, or decided by measured data wait."""
     spatial_probability: float = Field(default=0.5, ge=0, le=1)
     """Chance of the affine (rotation, scale, shear: one interpolation)."""
-    rotation_deg: float = 30.0
+    rotation_deg: float = Field(default=30.0, ge=0, le=180)
     """Rotation U(-r, r) about each axis."""
     scale: float = Field(default=0.7, gt=0, le=1)
     """Scale U(s, 1/s) per axis."""
-    shear: float = 0.1
+    shear: float = Field(default=0.1, ge=0, lt=1)
     """Six shear terms U(-h, h)."""
     intensity_probability: float = Field(default=0.15, ge=0, le=1)
     """Chance of each intensity change (brightness ×, brightness +, gamma, contrast, blur, noise)."""
-    brightness: float = 0.3
+    brightness: float = Field(default=0.3, ge=0, le=1)
     """Factor U(1-b, 1+b)."""
-    brightness_add_std: float = 0.1
+    brightness_add_std: float = Field(default=0.1, ge=0)
     """Offset N(0, std)."""
-    gamma: tuple[float, float] = (0.7, 1.5)
+    gamma: tuple[PositiveFloat, PositiveFloat] = (0.7, 1.5)
     """Exponent range."""
-    contrast: float = 0.3
+    contrast: float = Field(default=0.3, ge=0, le=1)
     """Factor U(1-c, 1+c) about the mean."""
-    blur_sigma_vox: tuple[float, float] = (0.5, 1.0)
-    """Gaussian blur sigma."""
-    noise_std: float = 0.1
+    blur_sigma_vox: tuple[NonNegativeFloat, NonNegativeFloat] = (0.5, 1.0)
+    """Gaussian blur sigma (0 = no blur)."""
+    noise_std: float = Field(default=0.1, ge=0)
     """Noise with std U(0, n)."""
 
 
@@ -146,8 +153,7 @@ class PriorsConfig(Section):
     length: int = Field(default=10, ge=1)
     """Tokens per modality, l of the paper."""
     init_scale: float = Field(default=1.0, gt=0)
-    """Initial task and null tokens are this many times as large as published. Larger ones help small models: with the published
-    size all tasks of a dataset share one mask for hundreds of steps (docs/results/models.md)."""
+    """Initial task and null tokens, over the published size; larger ones help small models (docs/results/models.md)."""
     padding: Literal["masked", "attended"] | None = None
     """Padding columns: masked (a sample depends on itself alone), or one learned null token attended to, as published."""
 
@@ -255,15 +261,14 @@ class EvaluateConfig(Section):
     """Split evaluated during training. The test split is evaluated only on request."""
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Overlap of the sliding windows."""
-    window_vox_zyx: Vox3 | None = None
+    window_vox_zyx: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """Sliding window (default: the training patch)."""
     window_weights: Literal["gaussian", "uniform"] = "gaussian"
     """How overlapping windows are averaged (published: uniform)."""
     window_batch: int = Field(default=1, ge=1)
     """Windows per forward pass."""
     empty_reference: Literal["count", "nnunet", "skip"] = "count"
-    """A class absent from a reference: `count` = Dice 1 if the prediction is empty too, else 0; `nnunet` = left out / 0;
-    `skip` = Hermes as published (left out, so false positives are free)."""
+    """Class absent from a reference: `count` = 1 if not predicted, else 0; `nnunet` = left out / 0; `skip` = out (published)."""
     nsd_tolerance_mm: float = Field(default=2.0, gt=0)
     """Tolerance of the normalised surface Dice."""
     bootstrap: int = Field(default=1000, ge=0)
@@ -335,11 +340,7 @@ def find_config(name: str, config_dir: Path) -> Path:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a JSON file, apply `section.key=JSON-or-text` overrides, validate, and fill in the reading's presets.
-
-    Raises:
-        ConfigError: unreadable JSON, unknown key, wrong type; names the key, the value and the nearest known key.
-    """
+    """Read a JSON file, apply `section.key=JSON-or-text` overrides, `validate` and `resolve`. Raises ConfigError."""
     try:
         data = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -355,7 +356,7 @@ def validate(data: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
+        lines = [_explain(e["loc"], e["type"], e["msg"].removeprefix("Value error, "), e["input"]) for e in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 

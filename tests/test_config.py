@@ -34,6 +34,21 @@ def test_overrides_take_json_or_text_and_create_sections(tmp_path):
         ({"trian": {}}, "unknown key 'trian'. Did you mean 'train'"),
         ({"train": {"max_steps": "many"}}, "train.max_steps = 'many'"),
         ({"model": {"priors": {"lenght": 3}}}, "Did you mean 'length'"),
+        (
+            {"stream": {"cache_mib": 64}},
+            "stream.cache_dir = None: a cache needs stream.cache_dir, its folder, and stream.cache_mib",
+        ),
+        ({"stream": {"cache_dir": "/tmp/x"}}, "stream.cache_dir = '/tmp/x': a cache needs"),
+        ({"data": {"patch_vox_zyx": [64, 0, 64]}}, r"data.patch_vox_zyx.1 = 0: input should be greater than 0"),
+        ({"evaluate": {"window_vox_zyx": [64, -1, 64]}}, r"evaluate.window_vox_zyx.1 = -1"),
+        ({"augment": {"rotation_deg": -1}}, "augment.rotation_deg = -1"),
+        ({"augment": {"shear": 1.5}}, "augment.shear = 1.5"),
+        ({"augment": {"brightness": -0.1}}, "augment.brightness = -0.1"),
+        ({"augment": {"brightness_add_std": -0.1}}, "augment.brightness_add_std = -0.1"),
+        ({"augment": {"gamma": [0, 1]}}, "augment.gamma.0 = 0: input should be greater than 0"),
+        ({"augment": {"contrast": 1.5}}, "augment.contrast = 1.5"),
+        ({"augment": {"blur_sigma_vox": [-0.5, 1]}}, "augment.blur_sigma_vox.0 = -0.5"),
+        ({"augment": {"noise_std": float("inf")}}, "augment.noise_std = inf"),
     ],
 )
 def test_wrong_keys_and_values_are_named(tmp_path, data, message):
