@@ -82,7 +82,9 @@ class StreamError(HermesError):
 
 
 class QuarantineLimitError(StreamError):
-    """More corrupt cases than `stream.faults.max_quarantined`."""
+    """More corrupt cases than `stream.faults.max_quarantined`: a restart would find the same ones, so nothing restarts it."""
+
+    exit_code = 2
 
 
 class WaitTimeoutError(StreamError):

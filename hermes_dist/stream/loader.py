@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
+import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -70,8 +71,15 @@ def open_stream(
     world_size: int,
     start_step: int,
     telemetry: Telemetry | None,
+    start_position: int | None = None,
+    quarantined: Iterable[int] = (),
 ) -> Stream:
     """Open this rank's stream of global steps start_step, start_step + 1, … to `train.max_steps`.
+
+    Args:
+        start_position: the plan's position of the first sample of `start_step`; None = all steps so far had the same
+            `train.global_batch` as now.
+        quarantined: cases that were found to be unreadable before the run was resumed.
 
     Raises:
         ConfigError: whatever can be found wrong before the first step (see `prepare.build_reader`).
@@ -79,7 +87,8 @@ def open_stream(
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} of a world of {world_size}: expected 0 <= rank < world size")
     reader, notes = build_reader(config, stores, tasks)
-    parts = local_ranges(config, rank, world_size, start_step)
+    shift = 0 if start_position is None else start_position - start_step * config.train.global_batch
+    parts = local_ranges(config, rank, world_size, start_step, shift)
     if config.stream.backend == "ray" and config.stream.workers > 0:
         # Imported here so that an inline run neither needs nor loads Ray (a second of start-up).
         from hermes_dist.stream.ray_source import RaySource
@@ -87,15 +96,17 @@ def open_stream(
         source: Source = RaySource(reader, parts, config.stream, rank=rank, world_size=world_size)
     else:
         source = InlineSource(reader, parts)
-    stream = Stream(config, reader, source, tasks, rank=rank, world_size=world_size, start_step=start_step)
+    stream = Stream(config, reader, source, tasks, rank=rank, world_size=world_size, start_step=start_step, shift=shift)
+    stream.quarantine.restore(quarantined)
     stream.start(notes, telemetry)
     return stream
 
 
-def local_ranges(config: Config, rank: int, world_size: int, start_step: int) -> Iterator[range]:
-    """Position range of this rank in every global step that is left."""
+def local_ranges(config: Config, rank: int, world_size: int, start_step: int, shift: int = 0) -> Iterator[range]:
+    """Position range of this rank in every global step that is left; `shift`: position of step s less s · global_batch."""
     for step in range(start_step, config.train.max_steps):
-        yield range(*local_part(step, config.train.global_batch, rank, world_size))
+        first, stop = local_part(step, config.train.global_batch, rank, world_size)
+        yield range(first + shift, stop + shift)
 
 
 class Stream:
@@ -111,12 +122,13 @@ class Stream:
         rank: int,
         world_size: int,
         start_step: int,
+        shift: int = 0,
     ) -> None:
         self._config = config
         self._reader = reader
         self._source = source
         self._collator = Collator(tasks, config.data.patch_vox_zyx)
-        self._rank, self._world_size, self._step = rank, world_size, start_step
+        self._rank, self._world_size, self._step, self._shift = rank, world_size, start_step, shift
         local = max(-(-config.train.global_batch // world_size), 1)
         self._ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(max(config.stream.prefetch // local, 1))
         self._stop = threading.Event()
@@ -149,9 +161,11 @@ class Stream:
         try:
             self.close()
         except StreamError as left:
+            # What ended the run matters more than what could not be tidied up; so does that it ended well.
             if error is None:
-                raise
-            error.add_note(str(left))  # what ended the run matters more than what could not be tidied up
+                print(f"warning: {left}", file=sys.stderr, flush=True)
+            else:
+                error.add_note(str(left))
 
     def close(self) -> None:
         """Stop the feeder, then release workers: a sample that is under way still needs them. Safe to call twice."""
@@ -235,10 +249,11 @@ class Stream:
     def _assemble(self, step: int, samples: Iterator[Sample]) -> _Ready | None:
         """One step of this rank, or None if the stream was closed meanwhile."""
         size, world = self._config.train.global_batch, self._world_size
-        rows = self._reader.plan.rows(step * size, (step + 1) * size)
+        first = step * size + self._shift
+        rows = self._reader.plan.rows(first, first + size)
         start, stop = local_part(step, size, self._rank, world)
         mine: list[Sample] = []
-        for position in range(start, stop):
+        for position in range(start + self._shift, stop + self._shift):
             self._awaited = f"the sample of position {position}"
             sample = next(samples, None)
             self._progress = time.monotonic()

@@ -6,7 +6,7 @@ training loop gathers each step's findings, so that all ranks see the same set a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hermes_dist.errors import QuarantineLimitError
@@ -27,6 +27,17 @@ class Quarantine:
         self._name_of = name_of
         self._cases: set[int] = set()
         self._errors: dict[int, str] = {}
+
+    @property
+    def cases(self) -> list[int]:
+        """Case numbers, for a checkpoint."""
+        return sorted(self._cases)
+
+    def restore(self, cases: Iterable[int]) -> None:
+        """Go on with the cases of a checkpoint: they count, and are not announced again."""
+        for case in cases:
+            self._cases.add(case)
+            self._errors[case] = "found before this run was resumed, see stream.jsonl"
 
     def find(self, events: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
         """This rank's events of a step, with one `quarantine` before the first `substitution` of each case, and those cases."""

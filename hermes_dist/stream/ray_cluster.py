@@ -96,7 +96,8 @@ class Cluster:
                 _await_leave([self._home / f"rank{r}" for r in self._siblings])
             ray.shutdown()
         if self._mark is not None:
-            _write_atomically(self._mark, {"left": True})
+            with contextlib.suppress(OSError):  # whoever started the cluster waited long enough, and removed the folder
+                _write_atomically(self._mark, {"left": True})
         if self._reaper is not None:
             assert self._reaper.stdin is not None
             self._reaper.stdin.close()

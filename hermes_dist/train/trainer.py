@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,11 @@ class TrainState:
     collection_digest: str = ""
     best_dice: float | None = None
     evaluated_step: int = 0
+    position: int | None = None
+    """Of the next sample in the plan. None in checkpoints from before it was kept: step · train.global_batch."""
+    plan_digest: str = ""
+    quarantined: list[int] = field(default_factory=list[int])
+    """Cases found to be unreadable; at most `stream.faults.max_quarantined`."""
     version: int = 1
 
 
@@ -89,6 +94,9 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     telemetry.declare([tasks.datasets[group.dataset] for group in plan.groups])
     if saved is not None and saved["collection_digest"] != state.collection_digest:
         _note_changed_collection(saved["collection_digest"], state, runtime, telemetry)
+    elif state.plan_digest not in ("", plan.digest):
+        _note_changed_order(plan.digest, state, runtime, telemetry)
+    state.plan_digest = plan.digest
     used = Utilisation(config, tasks, torch.cuda.get_device_name() if runtime.device.type == "cuda" else None)
     telemetry.extend(used)
     if used.peak:
@@ -118,7 +126,15 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
         if _evaluation_due(state, config) and state.evaluated_step != state.step:
             evaluate()  # the run was stopped after the checkpoint of this step, and before it was evaluated
         with open_stream(
-            config, stores, tasks, rank=runtime.rank, world_size=runtime.world_size, start_step=state.step, telemetry=telemetry
+            config,
+            stores,
+            tasks,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            start_step=state.step,
+            telemetry=telemetry,
+            start_position=state.position,
+            quarantined=state.quarantined,
         ) as stream:
             for batch in stream:
                 loss = _one_step(engine, batch, stream, state, config, tasks, runtime, telemetry)
@@ -133,7 +149,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                     evaluate()
                 if stop or last:
                     break
-        checkpointer.finish()
+            checkpointer.finish()  # before the stream is tidied up: whatever goes wrong there, the checkpoint is complete
     except WaitTimeoutError as error:
         runtime.alarm.ring(str(error), error)
         raise
@@ -160,7 +176,9 @@ def _one_step(
     total = sums.unpack(runtime.sum(sums.packed()))
     samples = _share(batch, stream, runtime)
     state.order_hash = chain_hash(state.order_hash, samples[:, 0], samples[:, 1])
-    state.step = batch.step + 1
+    before = state.position if state.position is not None else batch.step * config.train.global_batch
+    state.step, state.position = batch.step + 1, before + config.train.global_batch
+    state.quarantined = stream.quarantine.cases
     state.skipped += int(stats.skipped)
     for event in batch.events:
         telemetry.event({"step": batch.step, **event})
@@ -203,6 +221,13 @@ def _note_changed_collection(before: str, state: TrainState, runtime: Runtime, t
     if runtime.rank == 0:
         change = {"from": before, "to": state.collection_digest}
         telemetry.event({"kind": "changed_collection", "step": state.step, **change})
+
+
+def _note_changed_order(digest: str, state: TrainState, runtime: Runtime, telemetry: Telemetry) -> None:
+    """Say that mixture, split, block or foreground sampling are others than at the checkpoint, as above."""
+    runtime.say(f"goes on with another order of samples ({state.plan_digest[:8]} → {digest[:8]}) from step {state.step}")
+    if runtime.rank == 0:
+        telemetry.event({"kind": "changed_order", "step": state.step, "from": state.plan_digest, "to": digest})
 
 
 def _evaluation_due(state: TrainState, config: Config) -> bool:
@@ -254,5 +279,6 @@ def _restore(saved: dict[str, Any] | None, fresh: TrainState, config: Config) ->
         raise CheckpointError(
             f"{config.run_dir}: the checkpoint was trained with run.seed={state.seed}, now {fresh.seed}; choose another run.name"
         )
-    state.collection_digest = fresh.collection_digest
+    if state.collection_digest != fresh.collection_digest:
+        state.collection_digest, state.quarantined = fresh.collection_digest, []  # the numbers of cases are others now
     return state

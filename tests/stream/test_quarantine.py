@@ -45,3 +45,17 @@ def test_the_cap_counts_all_ranks_and_stops_all_of_them() -> None:
             rank.check()
         assert ("damage 1" in str(error.value)) == (number == 0)
         assert "hermes-shard verify" in str(error.value)
+
+
+def test_what_was_found_before_a_restart_counts_and_is_not_announced_again() -> None:
+    first = Quarantine(3, lambda case: f"set/case{case}")
+    first.settle([], [first.find([substitution(case, 0) for case in (1, 2, 3)])[1]], 0)
+    again = Quarantine(3, lambda case: f"set/case{case}")
+    again.restore(first.cases)
+    again.check()
+    events, fresh = again.find([substitution(1, 5)])
+    assert ([e["kind"] for e in events], fresh) == (["substitution"], ())
+    again.settle([], [again.find([substitution(4, 6)])[1]], 0)
+    with pytest.raises(QuarantineLimitError, match="4 unreadable cases") as error:
+        again.check()
+    assert error.value.exit_code == 2, "a restart would find the same cases"

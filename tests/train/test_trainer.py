@@ -120,3 +120,50 @@ def test_an_empty_split_is_found_before_anything_is_written(tmp_path: Path, runt
     with pytest.raises(UsageError, match=r"split 'vla' has no case.*Did you mean 'val'"):
         train(config, runtime)
     assert not config.run_dir.exists()
+
+
+def positions_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Is filled with the plan's positions of every step that is trained from now on."""
+    seen: list[list[int]] = []
+    plain = trainer._share
+
+    def watched(batch: Any, *others: Any) -> Any:
+        samples = plain(batch, *others)
+        seen.append(sorted(samples[:, 0].tolist()))
+        return samples
+
+    monkeypatch.setattr(trainer, "_share", watched)
+    return seen
+
+
+def test_another_global_batch_neither_skips_nor_repeats_samples(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = positions_of_steps(monkeypatch)
+    config = run_config(tmp_path, every_steps=0)
+    for steps, batch in ((2, 1), (4, 3), (5, 2)):
+        train(config.with_updates({"train.max_steps": steps, "train.global_batch": batch}), runtime)
+    assert seen == [[0], [1], [2, 3, 4], [5, 6, 7], [8, 9]]
+
+
+def test_another_order_is_recorded(tmp_path: Path, runtime: Runtime) -> None:
+    config = run_config(tmp_path, every_steps=0)
+    for probability in (0.5, 0.25, 0.25):
+        updates = {"train.max_steps": 2 if probability == 0.5 else 3, "data.foreground.probability": probability}
+        train(config.with_updates(updates), runtime)
+    events = [json.loads(line) for line in (config.run_dir / "stream.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["kind"] == "changed_order"] == [2]
+
+
+def test_a_stream_that_cannot_be_tidied_up_costs_no_checkpoint(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run_config(tmp_path, every_steps=0)
+
+    def fails(self: InlineSource) -> None:
+        assert [s.step for s in list_checkpoints(config.run_dir)] == [3], "the checkpoint is complete before"
+        raise WaitTimeoutError("Ray did not end within 60 s")
+
+    monkeypatch.setattr(InlineSource, "close", fails)
+    assert train(config, runtime).step == 3
+    assert "warning: Ray did not end" in capsys.readouterr().err
