@@ -5,7 +5,8 @@ most 256 rows) at a time, and the newest row groups stay in a bounded cache. The
 and a mapped file that is cut short kills the process. Rows are sorted by dataset (in the order of the collection) and case id, so
 a dataset is one contiguous range and a case is found by bisection.
 
-Coordinates are voxels Z Y X on the stored grid. Foreground coordinates are kept as flat C-order indices.
+Coordinates are voxels Z Y X on the stored grid. Foreground coordinates are kept as flat C-order indices, uint32 little-endian in
+one binary value a row: lists would be decoded number by number, for all rows of a group. Older manifests with lists are read too.
 """
 
 from __future__ import annotations
@@ -110,9 +111,10 @@ _TYPES = {
     "block_crc32c": pa.list_(pa.uint32()),
 }
 ROW_COLUMNS = tuple(f.name for f in fields(ManifestRow))
+OTHER_COLUMNS = tuple(name for name in ROW_COLUMNS if name not in NARROW)
 SCHEMA = pa.schema(
     [(name, _TYPES.get(name, pa.string())) for name in ROW_COLUMNS]
-    + [("foreground", pa.list_(pa.uint32())), ("foreground_counts", pa.list_(pa.int32()))]
+    + [("foreground", pa.binary()), ("foreground_counts", pa.list_(pa.int32()))]
 )
 
 
@@ -166,7 +168,7 @@ def _row(data: dict[str, Any]) -> ManifestRow:
 def _table(entries: Sequence[ManifestEntry]) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [getattr(e.row, name) for e in entries] for name in ROW_COLUMNS}
     columns["stats"] = [json.dumps(s, sort_keys=True) for s in columns["stats"]]
-    columns["foreground"] = [e.foreground for e in entries]
+    columns["foreground"] = [e.foreground.astype("<u4").tobytes() for e in entries]
     columns["foreground_counts"] = [e.foreground_counts for e in entries]
     return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in SCHEMA}, schema=SCHEMA)
 
@@ -190,7 +192,7 @@ class Manifest:
         self._group_starts = np.cumsum([0, *sizes])[:-1]
         self.name = name
         self._lock = threading.RLock()
-        self._cache: OrderedDict[tuple[int, str], pa.Table] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, str], pa.RecordBatch] = OrderedDict()
         self._cache_bytes = 0
         self._rows: OrderedDict[int, ManifestRow] = OrderedDict()
         self._ids = _chunk(table, "case_id")
@@ -274,8 +276,11 @@ class Manifest:
                 self._rows.move_to_end(int(i))
                 return kept
         group, k = self._locate(i)
-        data = self._group(group, "row").slice(k, 1).to_pylist()[0]
+        table = self._group(group, "row")
+        data = {name: column[k].as_py() for name, column in zip(OTHER_COLUMNS, table.columns, strict=True)}
         data["stats"] = json.loads(data["stats"])
+        data["dataset"], data["case_id"] = self.dataset_names[int(self.dataset_index[i])], self.case_id(i)
+        data["split"] = self.splits[int(self._split[i])]
         row = _row(data)
         with self._lock:
             self._rows[int(i)] = row
@@ -296,9 +301,8 @@ class Manifest:
         if not 0 <= class_index < len(counts):
             raise StoreError(f"{self.name} row {i}: class {class_index} of {len(counts)} does not exist")
         first = int(counts[:class_index].sum())
-        flat = np.asarray(table.column("foreground")[k].values)[first : first + int(counts[class_index])]
-        shape = table.column("shape_vox_zyx")[k].as_py()
-        return np.stack(np.unravel_index(flat, shape), axis=1).astype(np.int32)
+        flat = _flat(table, k)[first : first + int(counts[class_index])]
+        return np.stack(np.unravel_index(flat, self.row(i).shape_vox_zyx), axis=1).astype(np.int32)
 
     def entries(self, numbers: Iterable[int] | None = None) -> Iterator[ManifestEntry]:
         """Whole entries in row order (for rewriting the manifest)."""
@@ -306,7 +310,7 @@ class Manifest:
             group, k = self._locate(i)
             table = self._group(group, "foreground")
             counts = tuple(table.column("foreground_counts")[k].as_py())
-            yield ManifestEntry(self.row(i), np.asarray(table.column("foreground")[k].values, np.uint32), counts)
+            yield ManifestEntry(self.row(i), _flat(table, k), counts)
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
@@ -314,7 +318,7 @@ class Manifest:
         group = int(np.searchsorted(self._group_starts, i, side="right")) - 1
         return group, int(i) - int(self._group_starts[group])
 
-    def _group(self, group: int, kind: str) -> pa.Table:
+    def _group(self, group: int, kind: str) -> pa.RecordBatch:
         key = (group, kind)
         with self._lock:
             if key not in self._cache:
@@ -325,11 +329,12 @@ class Manifest:
                 self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
             return self._cache[key]
 
-    def _read_group(self, group: int, kind: str) -> pa.Table:
-        columns = ROW_COLUMNS if kind == "row" else ("shape_vox_zyx", "foreground", "foreground_counts")
+    def _read_group(self, group: int, kind: str) -> pa.RecordBatch:
+        columns = OTHER_COLUMNS if kind == "row" else ("foreground", "foreground_counts")
         try:
-            return self._file.read_row_group(group, columns=list(columns), use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
+            table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
+            return table.select(columns).combine_chunks().to_batches()[0]  # single rows are found faster than in a table
+        except (pa.ArrowInvalid, KeyError, IndexError, OSError) as error:
             raise _failure(f"{self.name}, row group {group}", error, "convert again") from None
 
 
@@ -343,6 +348,14 @@ def _failure(name: str, error: Exception, advice: str) -> HermesError:
 def _chunk(table: pa.Table, column: str) -> Any:
     chunks = table.column(column).chunks
     return chunks[0] if chunks else pa.array([], SCHEMA.field(column).type)
+
+
+def _flat(table: pa.RecordBatch, k: int) -> np.ndarray:
+    """Foreground indices of one row, uint32."""
+    value = table.column("foreground")[k]
+    if pa.types.is_binary(value.type):
+        return np.frombuffer(value.as_buffer(), "<u4")
+    return np.asarray(value.values, np.uint32)
 
 
 def _codes(labels: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -69,6 +70,30 @@ def test_round_trip(tmp_path: Path, samples: int) -> None:
     assert again[0].foreground_counts == (samples, 0)
     groups = pq.ParquetFile(path).metadata
     assert all(groups.row_group(g).num_rows <= (512 if samples == 3 else 53) for g in range(groups.num_row_groups))
+
+
+def test_foreground_in_lists_as_older_manifests_have_it(tmp_path: Path) -> None:
+    write_manifest((entry(i) for i in range(300)), str(tmp_path / "new"))
+    table = pq.read_table(tmp_path / "new")
+    assert table.schema.field("foreground").type == pa.binary()
+    lists = pa.array([np.frombuffer(v, "<u4") for v in table["foreground"].to_pylist()], pa.list_(pa.uint32()))
+    column = table.schema.get_field_index("foreground")
+    pq.write_table(table.set_column(column, "foreground", lists), tmp_path / "old", row_group_size=256, use_dictionary=False)
+    old, new = Manifest(str(tmp_path / "old")), Manifest(str(tmp_path / "new"))
+    for i in (0, 255, 256, 299):
+        np.testing.assert_array_equal(old.foreground(i, 0), new.foreground(i, 0))
+    for theirs, ours, i in zip(old.entries(), new.entries(), range(300), strict=True):
+        assert theirs.row == ours.row
+        for found in (theirs, ours):
+            np.testing.assert_array_equal(found.foreground, entry(i).foreground)
+            assert found.foreground.dtype == np.uint32
+
+
+def test_a_case_without_foreground(tmp_path: Path) -> None:
+    write_manifest([entry(0, samples=0)], str(tmp_path / "m"))
+    manifest = Manifest(str(tmp_path / "m"))
+    assert manifest.foreground(0, 0).shape == (0, 3)
+    assert [len(e.foreground) for e in manifest.entries()] == [0]
 
 
 def test_rows_of_dataset_and_split(tmp_path: Path) -> None:
