@@ -71,7 +71,7 @@ class DataConfig(Section):
 
 
 class FaultsConfig(Section):
-    retries: int = Field(default=5, ge=0)
+    retries: int = Field(default=10, ge=0)
     """Attempts after the first for transient storage errors."""
     backoff_s: float = Field(default=0.2, gt=0)
     """First pause between attempts; doubles each time, with jitter, at most 30 s."""

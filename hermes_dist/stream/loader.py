@@ -251,9 +251,9 @@ class Stream:
         size, world = self._config.train.global_batch, self._world_size
         first = step * size + self._shift
         rows = self._reader.plan.rows(first, first + size)
-        start, stop = local_part(step, size, self._rank, world)
+        start, stop = (bound + self._shift for bound in local_part(step, size, self._rank, world))
         mine: list[Sample] = []
-        for position in range(start + self._shift, stop + self._shift):
+        for position in range(start, stop):
             self._awaited = f"the sample of position {position}"
             sample = next(samples, None)
             self._progress = time.monotonic()

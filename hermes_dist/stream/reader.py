@@ -134,7 +134,7 @@ class Reader:
         attempt = 0
         while True:
             try:
-                sample = self._read_case(rows, index, case, events)
+                sample = self._read_with_retries(rows, index, case, events)
                 sample.events = events
                 return sample
             except DataError as error:
@@ -149,7 +149,25 @@ class Reader:
                     case = self.plan.substitute(group, draw, attempt)
                 events.append(self._event("substitution", position, broken, error=str(error), substitute=self._name(case)[1]))
 
-    def _read_case(self, rows: PlanRows, index: int, case: int, events: list[dict[str, Any]]) -> Sample:
+    def _read_with_retries(self, rows: PlanRows, index: int, case: int, events: list[dict[str, Any]]) -> Sample:
+        """One case, manifest and voxels. Raises DataError at once, StreamError after the last attempt at failing storage."""
+        position, begin = int(rows.position[index]), time.perf_counter()
+        for attempt in range(self.faults.retries + 1):
+            try:
+                return self._read_case(rows, index, case, attempt, begin)
+            except TransientStorageError as error:
+                if attempt == self.faults.retries:
+                    raise StreamError(
+                        f"{self.case_name(case)}: storage failed {attempt + 1} times: {error}; "
+                        "check the storage, or raise stream.faults.retries"
+                    ) from error
+                pause_s = pause_before(attempt, self.faults.backoff_s, position)
+                events.append(self._event("retry", position, case, error=str(error), attempt=attempt + 1, pause_s=pause_s))
+                time.sleep(pause_s)
+        raise AssertionError("the loop returns or raises")
+
+    def _read_case(self, rows: PlanRows, index: int, case: int, attempt: int, begin: float) -> Sample:
+        """One attempt; `begin` = when the first one began, so that failed ones count as waits for storage."""
         store, row = self.locate(case)
         entry = store.manifest.row(row)
         dataset, position = int(rows.dataset[index]), int(rows.position[index])
@@ -172,9 +190,10 @@ class Reader:
                 stored=here and entry.image_dtype == "int16",  # half the bytes to move; the warp scales
             )
             scale = entry.image_step if box.stored else 1.0
-        begin, decoded_before_s = time.perf_counter(), store.counters.decode_s
+        decoded_before_s = store.counters.decode_s
         before = {name: getattr(store.counters, name) for name in IO}
-        image, label = self._read_box(case, entry, box, position=position, events=events)
+        self.chaos.before_read(position, case, attempt, self._name(case))
+        image, label = store.read_crop(entry, box.start, box.sides, reach=box.reach, stored=box.stored)
         read, decode_s = time.perf_counter(), store.counters.decode_s - decoded_before_s
         patch_start = (start[0] - box.start[0], start[1] - box.start[1], start[2] - box.start[2])
         sample = Sample(position, dataset, case, identity(*self._name(case), start), image, label, numbers, patch_start)
@@ -187,26 +206,6 @@ class Reader:
             "augment": time.perf_counter() - read,
         }
         return sample
-
-    def _read_box(
-        self, case: int, entry: Any, box: _Box, *, position: int, events: list[dict[str, Any]]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Read with retries. Raises DataError at once, StreamError after the last attempt at failing storage."""
-        store, _ = self.locate(case)
-        for attempt in range(self.faults.retries + 1):
-            try:
-                self.chaos.before_read(position, case, attempt, self._name(case))
-                return store.read_crop(entry, box.start, box.sides, reach=box.reach, stored=box.stored)
-            except TransientStorageError as error:
-                if attempt == self.faults.retries:
-                    raise StreamError(
-                        f"{self.case_name(case)}: storage failed {attempt + 1} times: {error}; "
-                        "check the storage, or raise stream.faults.retries"
-                    ) from error
-                pause_s = pause_before(attempt, self.faults.backoff_s, position)
-                events.append(self._event("retry", position, case, error=str(error), attempt=attempt + 1, pause_s=pause_s))
-                time.sleep(pause_s)
-        raise AssertionError("the loop returns or raises")
 
     def locate(self, case: int) -> tuple[Store, int]:
         """Store and manifest row of a global case number."""

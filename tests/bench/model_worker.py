@@ -2,8 +2,8 @@
 
 `side` = `baseline` (tests/bench/model_baseline.py) or an activation checkpointing mode of Hermes-R. Prints one JSON line:
 cpu_s, wall_s of the fastest step; peak_mib, resident memory above that after the imports; activation_mib, resident memory of the
-step above that with the model and its gradients in place; tensor_mib, the most that tensors of one more step held at once; loss and
-grad_norm, for comparing the numbers.
+step above that with the model and its gradients in place; tensor_mib, the most that tensors of one more step held at once; and
+loss and grad_norm, for comparing the numbers.
 """
 
 from __future__ import annotations

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from hermes_dist.config import Config
-from hermes_dist.errors import UsageError
+from hermes_dist.config import Config, resolve, set_dotted, validate
+from hermes_dist.errors import UsageError, WaitTimeoutError
 from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import list_checkpoints
 from hermes_dist.parallel.runtime import Runtime, start
 from hermes_dist.parallel.stored import read_state
 from hermes_dist.shards.case import CaseRecord
 from hermes_dist.shards.store import create_store
+from hermes_dist.stream.inline_source import InlineSource
+from hermes_dist.train import trainer
 from hermes_dist.train.trainer import train
 from hermes_dist.volume.geometry import Grid
 from hermes_dist.volume.preprocess import Preprocessing, place
@@ -122,6 +124,13 @@ def test_an_empty_split_is_found_before_anything_is_written(tmp_path: Path, runt
     assert not config.run_dir.exists()
 
 
+def changed(config: Config, *overrides: str) -> Config:
+    data = config.model_dump(mode="json")
+    for override in overrides:
+        set_dotted(data, override)
+    return resolve(validate(data))
+
+
 def positions_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Is filled with the plan's positions of every step that is trained from now on."""
     seen: list[list[int]] = []
@@ -142,15 +151,14 @@ def test_another_global_batch_neither_skips_nor_repeats_samples(
     seen = positions_of_steps(monkeypatch)
     config = run_config(tmp_path, every_steps=0)
     for steps, batch in ((2, 1), (4, 3), (5, 2)):
-        train(config.with_updates({"train.max_steps": steps, "train.global_batch": batch}), runtime)
+        train(changed(config, f"train.max_steps={steps}", f"train.global_batch={batch}"), runtime)
     assert seen == [[0], [1], [2, 3, 4], [5, 6, 7], [8, 9]]
 
 
 def test_another_order_is_recorded(tmp_path: Path, runtime: Runtime) -> None:
     config = run_config(tmp_path, every_steps=0)
-    for probability in (0.5, 0.25, 0.25):
-        updates = {"train.max_steps": 2 if probability == 0.5 else 3, "data.foreground.probability": probability}
-        train(config.with_updates(updates), runtime)
+    for steps, probability in ((2, 0.5), (3, 0.25), (4, 0.25)):
+        train(changed(config, f"train.max_steps={steps}", f"data.foreground.probability={probability}"), runtime)
     events = [json.loads(line) for line in (config.run_dir / "stream.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["kind"] == "changed_order"] == [2]
 
