@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hermes_dist.config import find_config, load_config
-from hermes_dist.errors import exit_on_error
+from hermes_dist.errors import UsageError, exit_on_error
 from hermes_dist.scaling.communication import Cluster
 from hermes_dist.scaling.cost_layers import Request
 from hermes_dist.scaling.devices import DEVICES, LINKS, find_device
@@ -20,6 +20,7 @@ from hermes_dist.scaling.plan_text import print_plan, print_simulation
 from hermes_dist.scaling.planning import Assumptions, make_plan
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+POSITIVE = ("gpus", "gpus_per_node", "tasks", "columns", "modalities", "utilisation", "epochs", "cases", "workers")
 
 
 def parse() -> argparse.Namespace:
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cases", type=int, default=2438, help="cases of the collection: one sample each an epoch (the paper: 2,438)"
     )
-    parser.add_argument("--workers", type=int, default=12, help="data workers per rank, for the simulation")
+    parser.add_argument("--workers", type=int, help="data workers per rank, for the simulation (default: stream.workers)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
 
@@ -54,6 +55,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     with exit_on_error():
+        for name in POSITIVE:
+            if (value := getattr(args, name)) is not None and value <= 0:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: expected more than 0")
         config = load_config(find_config(args.config, CONFIGS), args.overrides)
         if args.epochs:
             steps = max(1, math.ceil(args.epochs * args.cases / config.train.global_batch))
@@ -67,7 +71,9 @@ def main() -> None:
         console.width = max(console.width, 120)
         print_plan(console, plan, config, device, cluster, assume)
         if args.simulate_storage and plan.best:
-            print_simulation(console, plan, config, assume, args.workers, args.simulate_storage * 1e9)
+            print_simulation(
+                console, plan, config, assume, args.workers or max(1, config.stream.workers), args.simulate_storage * 1e9
+            )
 
 
 if __name__ == "__main__":

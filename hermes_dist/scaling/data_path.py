@@ -54,7 +54,7 @@ class DataPath:
     """Step time without waiting for data."""
     workers: int
     prefetch: int
-    """Samples per rank that may be ready in advance."""
+    """Finished samples per rank that may wait in the queue; those that workers are busy with come on top."""
     cpu_s_per_sample: float
     bytes_per_sample: float
     storage_bytes_per_s: float
@@ -92,7 +92,8 @@ def simulate(path: DataPath, *, steps: int = 500, seed: int = 0) -> Simulated:
             service = mean_s * rng.lognormal(-(sigma**2) / 2, sigma, path.ranks)
             service += path.failure_s * (rng.random(path.ranks) < path.failure_probability)
             worker = free.argmin(axis=1)
-            done = np.maximum(free[every, worker], released[:, position % slots]) + service
+            # A worker goes ahead while the queue is full; it holds its finished sample until a place is free.
+            done = np.maximum(free[every, worker] + service, released[:, position % slots])
             free[every, worker] = done
             ready = np.maximum(ready, done)
             position += 1
@@ -114,10 +115,11 @@ def simulate(path: DataPath, *, steps: int = 500, seed: int = 0) -> Simulated:
 
 
 def _fetch_s(path: DataPath) -> float:
-    """Mean time of one read when every worker of every rank reads at once for its share of the time."""
-    demand = path.ranks * path.samples_per_step * path.bytes_per_sample / path.compute_s
+    """Mean time of one read: with its rank's share of the storage, or longer, so that busy workers get what it gives and no more.
+
+    Each of the `streams` workers reads for `fetch` and computes for `cpu` seconds, in turn: together they read
+    streams · bytes / (fetch + cpu) bytes per second, which is the storage's rate at `fetch` = streams · bytes / rate − cpu.
+    """
+    alone = path.bytes_per_sample * path.ranks / path.storage_bytes_per_s
     streams = path.ranks * path.workers
-    alone = path.bytes_per_sample / (path.storage_bytes_per_s / max(1, path.ranks))
-    # Below the storage's rate a read gets its rank's share; above, all workers share what there is.
-    shared = path.bytes_per_sample * streams / path.storage_bytes_per_s
-    return alone if demand <= path.storage_bytes_per_s else shared
+    return max(alone, streams * path.bytes_per_sample / path.storage_bytes_per_s - path.cpu_s_per_sample)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,7 +26,14 @@ def test_hermes_m_over_epochs_on_a_thousand_cards_with_its_data_path() -> None:
     done = plan("--config", "large.json", *options, "model.backbone=medformer", "train.global_batch=2048")
     assert done.returncode == 0, done.stderr
     assert "for 12 steps of 2048 samples" in done.stdout
-    assert "1024 ranks × 12 workers" in done.stdout
+    assert "1024 ranks × 8 workers" in done.stdout, "stream.workers of the configuration"
+
+
+@pytest.mark.parametrize("wrong", [["--gpus", "0"], ["--gpus-per-node", "0"], ["--workers", "-1"]])
+def test_a_cluster_of_nothing_is_refused(wrong: list[str]) -> None:
+    done = plan("--config", "large.json", *wrong)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: {wrong[0]} {wrong[1]}: expected more than 0\n"
 
 
 def test_bad_use_names_the_nearest_device() -> None:
