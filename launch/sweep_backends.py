@@ -8,8 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rich.table import Table
 from hermes_dist.config import MonitorConfig
 from hermes_dist.errors import UsageError
 from hermes_dist.scaling.sweep import Member, SweepConfig
+from hermes_dist.scaling.sweep_identity import check_unchanged, lacking
 from hermes_dist.scaling.sweep_results import State, law_values, read_state, result_row, write_state
 from hermes_dist.scaling.sweep_runner import Runner, to_run
 from hermes_dist.telemetry.jsonl import last_row
@@ -80,8 +80,8 @@ class LiveTable:
     def _export_law(self) -> None:
         """The fit over what is there, with a quick bootstrap; the report's own is thorough."""
         rows = list(self._rows.values())
-        for (parameter, bound), value in law_values(rows, self._sweep.study, bootstrap=40).items():
-            self._telemetry.set("hermes_law_value", value, law=self._sweep.study, parameter=parameter, bound=bound)
+        for (law, parameter, bound), value in law_values(rows, self._sweep.study, bootstrap=40).items():
+            self._telemetry.set("hermes_law_value", value, law=law, parameter=parameter, bound=bound)
 
     def _table(self, states: dict[str, State]) -> Table:
         table = Table(title=f"sweep {self._sweep.name}")
@@ -96,8 +96,27 @@ class LiveTable:
 
 
 def unfinished(sweep: SweepConfig, members: Sequence[Member]) -> list[Member]:
-    """Members that have something left to do."""
-    return [m for m in members if to_run(read_state(m), m.results(sweep)).state == "waiting"]
+    """Members that have something left to do. Raises ConfigError for runs of an earlier form of the sweep."""
+    check_unchanged(members)
+    return [m for m in members if to_run(read_state(m), lacking(m, sweep)).state == "waiting"]
+
+
+def cluster_has_gpus(nodes: Sequence[Mapping[str, Any]], members: Sequence[Member]) -> bool:
+    """Of `ray.nodes()`: whether members are to ask for GPUs, one a rank.
+
+    Raises:
+        UsageError: a member has more ranks than any node has CPUs, or GPUs where the cluster has some; it would wait for ever.
+    """
+    held: list[Mapping[str, float]] = [node["Resources"] for node in nodes if node["Alive"]]
+    wanted = [name for name in ("CPU", "GPU") if name == "CPU" or any(node.get(name, 0) for node in held)]
+    for member in members:
+        if not any(all(node.get(name, 0) >= member.ranks for name in wanted) for node in held):
+            largest = [f"{max((node.get(name, 0) for node in held), default=0):g} {name}s" for name in wanted]
+            raise UsageError(
+                f"{member.name}: {member.ranks} ranks need a node with as many {' and '.join(f'{name}s' for name in wanted)}; "
+                f"the most that a node of this Ray cluster has: {', '.join(largest)}. Take fewer ranks, or add such a node"
+            )
+    return "GPU" in wanted
 
 
 def without_backend(arguments: Sequence[str]) -> list[str]:
@@ -114,7 +133,13 @@ def run_local(sweep: SweepConfig, members: Sequence[Member], train: Path, update
 
 
 def run_on_ray(sweep: SweepConfig, members: Sequence[Member], train: Path, update: Update) -> None:
-    """One Ray task a member, each with as many CPUs as ranks; the run directories must be on a shared file system."""
+    """One Ray task a member, each with as many CPUs as ranks, and GPUs where the cluster has some.
+
+    Members run in this folder, which all nodes must see at the same path.
+
+    Raises:
+        UsageError: there is no cluster, no node holds a member, or a node does not see this folder.
+    """
     import ray  # here, so that a local sweep does not start it
     from ray.exceptions import RayError
 
@@ -124,46 +149,67 @@ def run_on_ray(sweep: SweepConfig, members: Sequence[Member], train: Path, updat
         except ConnectionError as error:
             raise UsageError(f"no Ray cluster: {error}; start one with `ray start --head`, or set RAY_ADDRESS") from None
 
+    folder, threads = Path.cwd(), os.environ.get("OMP_NUM_THREADS", "1")
+
     def work(member: Member) -> None:
+        if not folder.is_dir():
+            raise UsageError(
+                f"{folder} is not on the Ray node {os.uname().nodename}: start the sweep in a folder of a shared file system "
+                "that all nodes mount at the same path"
+            )
+        os.chdir(folder)
+        os.environ["OMP_NUM_THREADS"] = threads  # Ray sets it to the CPUs of the task, and each of its ranks would take as many
         Runner(sweep, [member], train, lambda _: None).run()
 
-    task: Any = ray.remote(max_retries=0)(work)
     waiting, lost = unfinished(sweep, members), Counter[str]()
+    gpus = cluster_has_gpus(ray.nodes(), waiting)
+    task: Any = ray.remote(max_retries=0)(work)
     pending: dict[Any, Member] = {}
     while waiting or pending:
         while waiting and len(pending) < sweep.at_once:
             member = waiting.pop(0)
-            pending[task.options(num_cpus=member.ranks).remote(member)] = member
+            resources = {"num_cpus": member.ranks, "num_gpus": member.ranks if gpus else 0}
+            pending[task.options(**resources).remote(member)] = member
         ready, _ = ray.wait(list(pending), timeout=2)
         for done in ready:
             member = pending.pop(done)
             try:
                 ray.get(done)
+            except UsageError:
+                raise
             except RayError as error:  # its node or worker died: somewhere else it resumes from its checkpoint
                 lost[member.name] += 1
                 if lost[member.name] <= sweep.retries:
                     waiting.append(member)
                 else:
                     write_state(member, State("failed", lost[member.name], f"Ray: {error}".splitlines()[0]))
-        running = {member.name for member in pending.values()}
-        update({m.name: replace(read_state(m), state="running") if m.name in running else read_state(m) for m in members})
+        submitted = {member.name for member in pending.values()}  # some of them wait for a node
+        update({m.name: read_state(m, alive=m.name in submitted) for m in members})
 
 
 def write_slurm(sweep: SweepConfig, members: Sequence[Member], train: Path, update: Update) -> None:
-    """Write an array job, one task a member; nothing is submitted. Array tasks that died are submitted again by their index."""
+    """Write an array job, one task a member; nothing is submitted. Array tasks that died are submitted again by their index.
+
+    Slurm's signal goes to the batch shell (`B:`), which has become the sweep by then: it stops its member, which writes a
+    checkpoint. Without `B:` it would go to job steps only, and there is none.
+    """
     waiting = unfinished(sweep, members)
     folder = Path(sweep.output_dir) / sweep.name
+    script = folder / "array.sbatch"
+    update({m.name: read_state(m) for m in members})
+    if not waiting:
+        script.unlink(missing_ok=True)  # an empty array is an error, and an older one would run what is finished
+        print("nothing is left to do: no array is written")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     command = shlex.join([sys.executable, str(train.with_name("sweep.py")), *without_backend(sys.argv[1:])])
     indices = ",".join(str(m.index) for m in waiting)
-    script = folder / "array.sbatch"
     script.write_text(
         f"#!/bin/bash\n#SBATCH --job-name={sweep.name}\n#SBATCH --array={indices}%{sweep.at_once}\n"
-        f"#SBATCH --ntasks=1\n#SBATCH --cpus-per-task={max((m.ranks for m in members), default=1)}\n"
-        f"#SBATCH --output={folder}/slurm-%a.txt\n#SBATCH --signal=TERM@120\n"
+        f"#SBATCH --ntasks=1\n#SBATCH --cpus-per-task={max(m.ranks for m in waiting)}\n"
+        f"#SBATCH --output={folder}/slurm-%a.txt\n#SBATCH --signal=B:TERM@120\n"
         f"cd {shlex.quote(str(Path.cwd()))}\nexec {command} --member $SLURM_ARRAY_TASK_ID\n"
     )
-    update({m.name: read_state(m) for m in members})
     print(f"wrote {script}; submit it with: sbatch {script}")
 
 

@@ -69,9 +69,9 @@ def frontier_figure(fit: LawFit, kappa: float, compute: Sequence[float]) -> str:
 def curves_figure(curves: dict[str, list[CurvePoint]]) -> str:
     """Dice against model size by method, with 95 % intervals over seeds."""
     figure, axes = _axes("Dice by model size", "parameters of the backbone", "mean Dice")
-    for method, points in curves.items():
+    for name, points in curves.items():
         bars = [point.half_width or 0.0 for point in points]
-        axes.errorbar([p.parameters for p in points], [p.mean for p in points], yerr=bars, marker="o", capsize=3, label=method)
+        axes.errorbar([p.parameters for p in points], [p.mean for p in points], yerr=bars, marker="o", capsize=3, label=name)
     axes.set_xscale("log")
     axes.legend()
     return _svg(figure)
@@ -80,14 +80,16 @@ def curves_figure(curves: dict[str, list[CurvePoint]]) -> str:
 def throughput_figure(runs: Sequence[Measured], fit: ThroughputFit | None) -> str:
     """Samples per second against ranks, by ZeRO stage and batch per rank; lines are the fit."""
     figure, axes = _axes("Throughput by ranks", "ranks", "samples per second")
-    groups = sorted({(run.stage, run.global_batch / run.ranks) for run in runs})
-    for i, (stage, share) in enumerate(groups):
-        points = sorted((r.ranks, r.samples_per_s) for r in runs if (r.stage, r.global_batch / r.ranks) == (stage, share))
-        axes.plot(*zip(*points, strict=True), "o", color=f"C{i % 10}", label=f"ZeRO-{stage}, {share:g} per rank")
+    groups = sorted({(run.stage, run.global_batch / run.ranks, run.micro_steps) for run in runs})
+    for i, (stage, share, micro_steps) in enumerate(groups):
+        group = (stage, share, micro_steps)
+        points = sorted((r.ranks, r.samples_per_s) for r in runs if (r.stage, r.global_batch / r.ranks, r.micro_steps) == group)
+        label = f"ZeRO-{stage}, {share:g} per rank" + (f" in {micro_steps} passes" if micro_steps > 1 else "")
+        axes.plot(*zip(*points, strict=True), "o", color=f"C{i % 10}", label=label)
         if fit:
             worlds = np.arange(1, 2 * max(r.ranks for r in runs) + 1)
             parameters = runs[0].parameters
-            rates = [fit.samples_per_s(int(w), stage, round(share * w), parameters) for w in worlds]
+            rates = [fit.samples_per_s(int(w), stage, round(share * w), parameters, micro_steps) for w in worlds]
             axes.plot(worlds, rates, "-", color=f"C{i % 10}", alpha=0.6)
     axes.legend(fontsize=8)
     return _svg(figure)

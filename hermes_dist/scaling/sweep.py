@@ -28,11 +28,11 @@ class StopConfig(Section):
     """When a run is stopped early."""
 
     factor: float = Field(default=2.0, gt=1)
-    """Diverged: the mean loss of the last `window` steps exceeds the first `window`'s by this factor, or is NaN or Inf."""
+    """Diverged: the mean loss of the last `window` steps exceeds the best window's before by this factor, or is NaN or Inf."""
     window: int = Field(default=20, ge=1)
-    """Steps of both means."""
-    limit_s: float = Field(default=4 * 3600.0, gt=0)
-    """Longest time of one run; then it has failed."""
+    """Steps of both means; a run of fewer than two windows is not compared."""
+    limit_s: float | None = Field(default=None, gt=0)
+    """Longest time of one run; then it has failed (default: none)."""
 
 
 class HeldOutConfig(Section):
@@ -64,7 +64,7 @@ class SweepConfig(Section):
     backend: Literal["local", "ray", "slurm"] = "local"
     """Where members run."""
     at_once: int = Field(default=1, ge=1)
-    """Members that run at a time (local, ray)."""
+    """Members that run at a time, as far as the GPUs of the host suffice: each member has its own."""
     retries: int = Field(default=1, ge=0)
     """How often a run that died is started again; it resumes from its last checkpoint."""
     stop: StopConfig = StopConfig()
@@ -103,9 +103,13 @@ class Member:
         """`evaluation/NAME.json` of its run directory."""
         return self.run_dir / "evaluation" / f"{name}.json"
 
+    def held_out(self, wanted: HeldOutConfig) -> Path:
+        """Where its held-out loss is written."""
+        return self.evaluation(f"{wanted.split}_loss")
+
     def results(self, sweep: SweepConfig) -> list[Path]:
         """Files that the sweep wants of a finished member."""
-        wanted = [self.evaluation(f"{sweep.held_out.split}_loss")] if sweep.held_out else []
+        wanted = [self.held_out(sweep.held_out)] if sweep.held_out else []
         return wanted + ([self.evaluation(sweep.evaluate)] if sweep.evaluate else [])
 
     def evaluations(self, sweep: SweepConfig, script: Path) -> list[list[str]]:

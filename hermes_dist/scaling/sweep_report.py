@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from hermes_dist.scaling import figures
 from hermes_dist.scaling.curves import gains_of, size_curves
 from hermes_dist.scaling.laws import LawFit, NotEnoughPoints
 from hermes_dist.scaling.sweep import Member, SweepConfig
-from hermes_dist.scaling.sweep_results import PARAMETERS, finished, law_of, throughput_of
+from hermes_dist.scaling.sweep_results import PARAMETERS, finished, law_groups, law_of, throughput_of
 from hermes_dist.scaling.throughput import ThroughputFit, TooFewRuns, efficiency
 
 STYLE = (
@@ -53,7 +55,7 @@ def report(sweep: SweepConfig, members: Sequence[Member], rows: Sequence[dict[st
         "reason",
     )
     parts += ["<h2>Runs</h2>", table(shown, [[row.get(key) for key in shown] for row in rows])]
-    commands = "\n".join(f"python launch/train.py {' '.join(m.arguments)}" for m in members)
+    commands = "\n".join(shlex.join(["python", *m.command(Path("launch/train.py"))[1:]]) for m in members)
     parts += ["<h2>Commands</h2>", f"<p><code>{html.escape(command)}</code></p>"]
     parts += [f"<details><summary>one run each</summary><pre>{html.escape(commands)}</pre></details>"]
     title = html.escape(f"Sweep {sweep.name}")
@@ -64,30 +66,36 @@ def report(sweep: SweepConfig, members: Sequence[Member], rows: Sequence[dict[st
 
 
 def _scaling(done: list[dict[str, Any]]) -> list[str]:
-    fit = law_of(done)
-    sized = [row for row in done if row["parameters"] and row["loss"]]
+    """A law for each group of runs that one law may describe, then the curves of Dice."""
+    groups = law_groups(done)
     parts = ["<h2>Loss = E + A / N<sup>α</sup> + B / D<sup>β</sup></h2>"]
-    parts += [figures.law_figure(sized, fit if isinstance(fit, LawFit) else None)] if sized else []
-    parts += [f'<p class="no">{html.escape(fit.reason)}</p>'] if isinstance(fit, NotEnoughPoints) else _law(fit, sized)
+    if len(groups) > 1:
+        parts.append(f"<p>{len(groups)} kinds of runs differ in more than size, data and seed: a law each.</p>")
+    for name, rows in groups.items():
+        fit = law_of(rows)
+        sized = [row for row in rows if row["parameters"] and row["loss"]]
+        parts += [f"<h3>{html.escape(name)}</h3>"] if len(groups) > 1 else []
+        parts += [figures.law_figure(sized, fit if isinstance(fit, LawFit) else None)] if sized else []
+        parts += [f'<p class="no">{html.escape(fit.reason)}</p>'] if isinstance(fit, NotEnoughPoints) else _law(fit, sized)
     return [*parts, *_curves(done)]
 
 
 def _curves(done: list[dict[str, Any]]) -> list[str]:
-    """Dice by backbone size, a curve a method (the paper's Figure 3 B)."""
+    """Dice by backbone size, a curve a method and budget (the paper's Figure 3 B)."""
     curves = size_curves(done)
     if not curves:
         return []
     lines = [
-        [method, point.parameters, point.mean, "–" if point.half_width is None else f"± {point.half_width:.3f}", point.runs]
-        for method, points in curves.items()
+        [name, point.parameters, point.mean, "–" if point.half_width is None else f"± {point.half_width:.3f}", point.runs]
+        for name, points in curves.items()
         for point in points
     ]
-    gains = [f"{method} gains {value:+.3f} from its smallest size to its largest" for method, value in gains_of(curves)]
+    gains = [f"{name} gains {value:+.3f} from its smallest size to its largest" for name, value in gains_of(curves)]
     return [
         "<h2>Dice by model size</h2>",
         figures.curves_figure(curves),
-        table(("method", "backbone parameters", "mean Dice", "95 %", "runs"), lines),
-        f"<p>{html.escape('; '.join(gains))}.</p>" if gains else '<p class="no">not enough points: one size a method.</p>',
+        table(("curve", "backbone parameters", "mean Dice", "95 %", "runs"), lines),
+        f"<p>{html.escape('; '.join(gains))}.</p>" if gains else '<p class="no">not enough points: one size a curve.</p>',
     ]
 
 
@@ -113,15 +121,34 @@ def _law(fit: LawFit, sized: list[dict[str, Any]]) -> list[str]:
     return [*parts, table(("compute", "parameters", "samples", "predicted loss", "95 % interval"), lines)]
 
 
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.0%}"
+
+
 def _throughput(done: list[dict[str, Any]]) -> list[str]:
     runs, fit = throughput_of(done)
+    if not runs:
+        return ['<h2>Throughput</h2><p class="no">No fit: no run has both step times and known parameters.</p>']
     parts = ["<h2>Throughput</h2>", figures.throughput_figure(runs, fit if isinstance(fit, ThroughputFit) else None)]
     rows = [
-        [f"ZeRO-{r.stage}", r.ranks, r.devices or r.ranks, r.global_batch, r.step_s, r.wait_s, r.samples_per_s, f"{share:.0%}"]
-        for r, share in efficiency(runs)
+        [
+            f"ZeRO-{r.stage}",
+            r.ranks,
+            r.devices or r.ranks,
+            r.global_batch,
+            r.step_s,
+            r.wait_s,
+            r.samples_per_s,
+            *map(_share, both),
+        ]
+        for r, *both in efficiency(runs)
     ]
-    header = ("stage", "ranks", "devices", "global batch", "step s", "data wait s", "samples/s", "efficiency per device")
+    header = ("stage", "ranks", "devices", "global batch", "step s", "data wait s", "samples/s", "weak", "strong")
     parts.append(table(header, rows))
+    parts.append(
+        "<p>Efficiency per device against one rank with as many samples per rank (weak) or the same global batch (strong); – "
+        "where the sweep has no such run.</p>"
+    )
     if isinstance(fit, TooFewRuns):
         return [*parts, f'<p class="no">No fit: {html.escape(fit.reason)}.</p>']
     error = "not tested" if fit.held_out_error is None else f"{fit.held_out_error:.1%}"
@@ -132,8 +159,9 @@ def _throughput(done: list[dict[str, Any]]) -> list[str]:
     stages = sorted({r.stage for r in runs})
     lines: list[list[object]] = []
     for world in (2**k for k in range(9)):
-        rates = [fit.samples_per_s(world, stage, round(share * world), largest.parameters) for stage in stages]
-        alone = [fit.samples_per_s(1, stage, round(share), largest.parameters) for stage in stages]
+        model = largest.parameters, largest.micro_steps
+        rates = [fit.samples_per_s(world, stage, round(share * world), *model) for stage in stages]
+        alone = [fit.samples_per_s(1, stage, round(share), *model) for stage in stages]
         cells = [f"{rate:.4g} ({rate / world / one:.0%})" for rate, one in zip(rates, alone, strict=True)]
         lines.append([world, *cells])
     parts.append("<h3>Extrapolated: samples per second, and efficiency against one rank (weak scaling)</h3>")

@@ -34,6 +34,8 @@ class Measured:
     step_s: float
     wait_s: float = 0.0
     devices: int | None = None
+    micro_steps: int = 1
+    """Forward passes of a rank in a step: stages 2 and 3 send with each."""
 
     @property
     def samples_per_s(self) -> float:
@@ -54,15 +56,17 @@ class ThroughputFit:
     relative_error: float
     held_out_error: float | None
 
-    def step_s(self, ranks: int, stage: int, global_batch: int, parameters: int, devices: int | None = None) -> float:
+    def step_s(
+        self, ranks: int, stage: int, global_batch: int, parameters: int, devices: int | None = None, micro_steps: int = 1
+    ) -> float:
         """Predicted step time, with its wait for data; `devices` None = one for each rank."""
-        row = _row(Measured(ranks, stage, global_batch, parameters, 1.0, devices=devices))
+        row = _row(Measured(ranks, stage, global_batch, parameters, 1.0, devices=devices, micro_steps=micro_steps))
         computed = float(np.dot(row, [self.terms[name] for name in TERMS]))
         return computed + self.terms.get(WAIT, 0.0) * global_batch / ranks
 
-    def samples_per_s(self, ranks: int, stage: int, global_batch: int, parameters: int) -> float:
+    def samples_per_s(self, ranks: int, stage: int, global_batch: int, parameters: int, micro_steps: int = 1) -> float:
         """Predicted throughput of all ranks."""
-        return global_batch / self.step_s(ranks, stage, global_batch, parameters)
+        return global_batch / self.step_s(ranks, stage, global_batch, parameters, micro_steps=micro_steps)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class TooFewRuns:
 
 
 def _row(run: Measured) -> list[float]:
-    sent = step_bytes(run.parameters, run.stage, run.ranks) / 1e6
+    sent = step_bytes(run.parameters, run.stage, run.ranks, micro_steps=run.micro_steps) / 1e6
     return [run.sharing, run.sharing * run.global_batch / run.ranks, math.log2(run.ranks), sent]
 
 
@@ -90,7 +94,7 @@ def fit_throughput(runs: Sequence[Measured]) -> ThroughputFit | TooFewRuns:
     if len({run.ranks for run in inner}) >= 2 and len(inner) >= 3:
         guess = ThroughputFit(dict(zip(TERMS, _solve(inner)[0], strict=True)), 0.0, None)
         errors = [
-            guess.step_s(r.ranks, r.stage, r.global_batch, r.parameters, r.devices) / r.step_s - 1
+            guess.step_s(r.ranks, r.stage, r.global_batch, r.parameters, r.devices, r.micro_steps) / r.step_s - 1
             for r in runs
             if r.ranks == worlds[-1]
         ]
@@ -106,23 +110,18 @@ def _solve(runs: Sequence[Measured]) -> tuple[list[float], float]:
     return [float(t) for t in terms], float(residual / math.sqrt(len(runs)))
 
 
-def efficiency(runs: Sequence[Measured]) -> list[tuple[Measured, float]]:
-    """Each run's throughput per device over that of the smallest world with the same stage and mode of growth.
+def efficiency(runs: Sequence[Measured]) -> list[tuple[Measured, float | None, float | None]]:
+    """Each run's throughput per device over that of one rank of the same stage and model: (run, weak, strong).
 
-    Weak scaling compares runs with the same batch per rank, strong scaling those with the same global batch; a run is compared
-    with the smallest world that shares either.
+    Weak scaling compares with one rank that has as many samples per rank, strong scaling with one that has the same global
+    batch; None where there is no such run. Several such runs (seeds) count by their mean.
     """
-    result: list[tuple[Measured, float]] = []
-    for run in runs:
-        peers = [
-            r
-            for r in runs
-            if r.stage == run.stage
-            and (r.global_batch == run.global_batch or r.global_batch * run.ranks == run.global_batch * r.ranks)
-        ]
-        base = min(peers, key=lambda r: r.ranks)
-        result.append((run, _per_device(run) / _per_device(base)))
-    return result
+
+    def against(run: Measured, batch: float) -> float | None:
+        alone = [r for r in runs if (r.ranks, r.stage, r.parameters, r.global_batch) == (1, run.stage, run.parameters, batch)]
+        return _per_device(run) / float(np.mean([_per_device(r) for r in alone])) if alone else None
+
+    return [(run, against(run, run.global_batch / run.ranks), against(run, run.global_batch)) for run in runs]
 
 
 def _per_device(run: Measured) -> float:

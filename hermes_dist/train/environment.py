@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
-    """Versions, git commit (with `+changes` if the tree is dirty), processor, memory in GiB, accelerators."""
+    """Versions, git commit (with `+changes` if the tree is dirty), processor, threads of this rank, memory in GiB, GPUs."""
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -40,6 +40,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "threads": torch.get_num_threads(),
     }
 
 

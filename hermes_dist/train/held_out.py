@@ -43,6 +43,7 @@ def held_out_loss(run: TrainedRun, stores: Sequence[ShardStore], split: str, sam
     modality = float(sums.modality) / max(modality_count, 1)
     return {
         "split": split,
+        "requested": samples,
         "samples": -(-samples // BATCH) * BATCH,
         "loss": pairs / count + (config.loss.modality_weight or 0.0) * modality,
         "loss_bce": bce / count,

@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT / "launch"))  # as `python launch/sweep.py` does
 import sweep_backends  # noqa: E402
 
 from hermes_dist.config import MonitorConfig  # noqa: E402
+from hermes_dist.errors import UsageError  # noqa: E402
 from hermes_dist.scaling.sweep import SweepConfig, members  # noqa: E402
-from hermes_dist.scaling.sweep_results import State, write_state  # noqa: E402
+from hermes_dist.scaling.sweep_results import State, read_state, write_state  # noqa: E402
 from tests.scaling.test_sweep import FAKE_TRAIN  # noqa: E402
 
 CONFIGS = ROOT / "configs"
@@ -67,9 +68,42 @@ def test_a_slurm_array_runs_one_member_a_task_from_the_same_folder(tmp_path: Pat
     script = tmp_path / "s" / "array.sbatch"
     assert "#SBATCH --array=1%3\n" in script.read_text(), "the finished member is left out"
     assert "--cpus-per-task=2" in script.read_text()
+    assert "--signal=B:TERM@120\n" in script.read_text(), "to the batch shell, which the sweep replaces"
     task = {"PATH": "/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "1"}
     done = subprocess.run(["bash", str(script)], env=task, cwd="/", capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == [str(tmp_path), ["--config", "s.json", stores, "--member", "1"]]
+
+
+def test_no_array_is_left_when_nothing_is_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = sweep_of(tmp_path)
+    chosen = members(sweep, CONFIGS)
+    script = tmp_path / "s" / "array.sbatch"
+    sweep_backends.write_slurm(sweep, chosen, tmp_path / "train.py", lambda _: None)
+    assert script.exists()
+    for member in chosen:
+        write_state(member, State("done", 1))
+    sweep_backends.write_slurm(sweep, chosen, tmp_path / "train.py", lambda _: None)
+    assert not script.exists()
+    assert "nothing is left to do" in capsys.readouterr().out
+
+
+def test_a_member_that_no_node_holds_is_refused(tmp_path: Path) -> None:
+    wide = members(sweep_of(tmp_path, points=[{"ranks": 4}]), CONFIGS)
+    cpu, dead = {"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    assert not sweep_backends.cluster_has_gpus([cpu, dead], wide)
+    assert sweep_backends.cluster_has_gpus([cpu, {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}}], wide)
+    with pytest.raises(UsageError, match=r"4 ranks need a node.*2 CPUs"):
+        sweep_backends.cluster_has_gpus([{"Alive": True, "Resources": {"CPU": 2.0}}, dead], wide)
+    with pytest.raises(UsageError, match="1 GPUs"):
+        sweep_backends.cluster_has_gpus([{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}}], wide)
+
+
+def test_running_is_what_the_state_file_says(tmp_path: Path) -> None:
+    member = members(sweep_of(tmp_path), CONFIGS)[0]
+    assert read_state(member, alive=True).state == "waiting", "submitted, and no node has taken it yet"
+    write_state(member, State("running", 1))
+    assert read_state(member, alive=True).state == "running"
+    assert read_state(member).state == "waiting"
 
 
 @pytest.mark.parametrize("given", [["--backend", "ray", "x=1"], ["x=1", "--backend=ray"], ["x=1"]])

@@ -156,3 +156,24 @@ def test_curves_of_methods_by_size() -> None:
     assert [(p.parameters, p.mean) for p in curves["traditional"]] == [(1e6, pytest.approx(0.79))], "a dataset is missing at 4e6"
     assert gain(curves["traditional"]) is None
     assert gains_of(curves) == [("hermes", pytest.approx(0.05))]
+
+
+def test_curves_do_not_mix_budgets_or_settings() -> None:
+    def row(parameters: float, samples: int, setting: str, dice: float) -> dict[str, Any]:
+        return {
+            "method": "hermes",
+            "backbone_parameters": parameters,
+            "seed": 0,
+            "samples": samples,
+            "setting": setting,
+            "dice_by_dataset": {"ct": dice},
+        }
+
+    rows = [row(n, samples, "", dice) for n in (1e6, 4e6) for samples, dice in ((100, 0.5), (1000, 0.7))]
+    curves = size_curves(rows)
+    assert {name: [p.mean for p in points] for name, points in curves.items()} == {
+        "hermes, 100 samples a run": [0.5, 0.5],
+        "hermes, 1,000 samples a run": [0.7, 0.7],
+    }
+    assert set(size_curves([row(1e6, 9, "x=1", 0.5), row(1e6, 9, "x=2", 0.6)])) == {"hermes, x=1", "hermes, x=2"}
+    assert set(size_curves([row(1e6, 9, "x=1", 0.5)])) == {"hermes"}

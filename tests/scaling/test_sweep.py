@@ -1,10 +1,9 @@
-"""Sweeps: the grid, resuming, early stop, results, fits and reports; with a fake training that writes what a real one writes."""
+"""Sweeps: the grid, resuming, early stop, results; with a fake training that writes what a real one writes."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,16 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from hermes_dist.errors import ConfigError
+from hermes_dist.config import load_config
+from hermes_dist.errors import ConfigError, UsageError
 from hermes_dist.scaling import sweep_runner
-from hermes_dist.scaling.laws import Law, LawFit, NotEnoughPoints
+from hermes_dist.scaling.member_resources import member_environment, threads_per_rank, visible_gpus
 from hermes_dist.scaling.sweep import Member, StopConfig, SweepConfig, members, read_sweep
-from hermes_dist.scaling.sweep_report import report
-from hermes_dist.scaling.sweep_results import State, law_of, read_state, result_row, throughput_of, write_state
+from hermes_dist.scaling.sweep_results import State, read_state, result_row, write_state
 from hermes_dist.scaling.sweep_runner import Runner, divergence
+from hermes_dist.train.environment import describe_environment
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FAKE_TRAIN = '''
@@ -48,7 +49,8 @@ from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("--run") + 1]) / "evaluation"
 folder.mkdir(exist_ok=True)
 if "--loss" in sys.argv:
-    (folder / "val_loss.json").write_text(json.dumps({"loss": 0.25}))
+    asked = int(sys.argv[sys.argv.index("--loss") + 1])
+    (folder / "val_loss.json").write_text(json.dumps({"loss": 2 / asked, "requested": asked, "samples": asked}))
 else:
     scores = [{"dataset": "a", "dice": 0.75}, {"dataset": "b", "dice": None}]
     (folder / "val.json").write_text(json.dumps({"per_dataset": scores}))
@@ -147,6 +149,76 @@ def test_divergence_is_a_rise_or_nan_and_nothing_else() -> None:
     assert divergence([1.0] * 3 + [None] * 3, stop)
     assert not divergence([1.0] * 3 + [None, 0.9, 0.9], stop)
     assert not divergence([1.0] * 3 + [9.0], stop)
+    assert divergence([9.0] * 3 + [1.0] * 3 + [2.5] * 3, stop), "against the best window, not the first"
+    assert divergence([None] * 3, stop), "NaN is found after one window"
+
+
+def stored(member: Member, *changes: str) -> None:
+    """As if the member's run had been started with these changes."""
+    member.run_dir.mkdir(parents=True, exist_ok=True)
+    config = load_config(member.base, [*member.arguments[2:], *changes])
+    (member.run_dir / "config.json").write_text(config.model_dump_json())
+
+
+def test_a_changed_configuration_does_not_take_the_old_results(tmp_path: Path, train: Path) -> None:
+    sweep = sweep_of(tmp_path, grid={"run.seed": [0]})
+    member = run(sweep, train)[0][0]
+    stored(member, "monitor.log_every=3", "run.resume=never")
+    assert run(sweep, train)[1]["seed0"].state == "done", "what does not matter may differ"
+    changed = sweep_of(tmp_path, grid={"run.seed": [0]}, overrides={"train.max_steps": 60, "train.global_batch": 4})
+    with pytest.raises(ConfigError, match=r"seed0 was run with train\.max_steps = 50 and the sweep now says 60.*delete"):
+        run(changed, train)
+    row = result_row(members(changed, CONFIGS)[0], State("done"), changed)
+    assert row["samples"] == 200, "a row is about the run that there is"
+
+
+def test_a_held_out_loss_over_other_patches_is_measured_again(tmp_path: Path, train: Path) -> None:
+    train.with_name("evaluate.py").write_text(FAKE_EVALUATE)
+    sweeps = [sweep_of(tmp_path, grid={"run.seed": [0]}, held_out={"samples": n}) for n in (8, 16)]
+    member = run(sweeps[0], train)[0][0]
+    assert result_row(member, State("done"), sweeps[0])["loss"] == 0.25
+    assert result_row(member, State("done"), sweeps[1])["loss"] is None
+    run(sweeps[1], train)
+    assert result_row(member, State("done"), sweeps[1])["loss"] == 0.125
+    older = {"loss": 0.5, "samples": 16}  # states whole batches only: 13 to 16 were asked for, and all mean the same 16
+    member.evaluation("val_loss").write_text(json.dumps(older))
+    assert result_row(member, State("done"), sweeps[1])["loss"] == 0.5
+
+
+def test_members_at_a_time_have_gpus_of_their_own_and_one_thread(
+    tmp_path: Path, train: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a faked number of devices: three members, two at a time, on three visible GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    train.write_text(
+        FAKE_TRAIN + "\nkeys = ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')\n"
+        "(run / 'given').write_text(' '.join(os.environ[key] for key in keys))\n"
+        "import time\nfor _ in range(200):\n"
+        "    if len(list(run.parent.glob('*/given'))) > 1: break\n    time.sleep(0.05)\n"
+    )
+    sweep = sweep_of(tmp_path, study="throughput", grid={"run.seed": [0, 1]}, at_once=2)
+    chosen, states = run(sweep, train)
+    assert {state.state for state in states.values()} == {"done"}
+    assert [(m.run_dir / "given").read_text() for m in chosen] == ["4 1", "5 1"]
+    wide = members(sweep_of(tmp_path, points=[{"ranks": 4}]), CONFIGS)
+    with pytest.raises(UsageError, match="4 ranks, and 3 GPU"):
+        Runner(sweep, wide, train, lambda _: None)
+
+
+def test_gpus_and_threads_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    assert visible_gpus({}) == ["0", "1"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, 6"}) == ["3", "6"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == visible_gpus({"DS_ACCELERATOR": "cpu"}) == []
+    scaling, throughput = sweep_of(tmp_path), sweep_of(tmp_path, study="throughput")
+    assert threads_per_rank(scaling, 2, at_once=2, gpus=False) == 4
+    assert threads_per_rank(scaling, 32, at_once=2, gpus=False) == 1
+    assert threads_per_rank(scaling, 1, at_once=1, gpus=True) == 4
+    assert threads_per_rank(throughput, 1, at_once=1, gpus=False) == 1
+    assert member_environment([], 1, {"OMP_NUM_THREADS": "3"}) == {"OMP_NUM_THREADS": "3"}
 
 
 def test_a_member_that_outlived_its_sweep_is_waited_for_and_not_run_twice(tmp_path: Path, train: Path) -> None:
@@ -201,72 +273,15 @@ def test_results_that_the_sweep_wants_follow_the_training(tmp_path: Path, train:
     assert [Path(c.split()[2]).name for c in commands] == ["train.py", "evaluate.py", "evaluate.py"], "trained once"
 
 
-def synthetic_rows(law: Law) -> list[dict[str, Any]]:
-    rows = []
-    for base, n in ((8, 1e6), (16, 4e6), (24, 9e6), (32, 16e6)):
-        for steps in (100, 400, 1600):
-            d = 4 * steps
-            rows.append(
-                {
-                    "member": f"b{base}-{steps}",
-                    "state": "done",
-                    "ranks": 1,
-                    "method": "hermes",
-                    "parameters": n,
-                    "samples": d,
-                    "flops_per_sample": 2e3 * n,
-                    "loss": float(law.loss(n, d)),
-                    "dice": 0.5,
-                    "dice_by_dataset": {"a": 0.5},
-                    "backbone_parameters": n / 4,
-                    "seed": 0,
-                    "zero_stage": 1,
-                    "global_batch": 4,
-                    "step_s": 0.2,
-                    "data_wait_s": 0.0,
-                    "samples_per_s": 20.0,
-                    "reason": "",
-                }
-            )
-    return rows
-
-
-def test_the_report_of_a_scaling_study_is_one_page_with_its_law(tmp_path: Path) -> None:
+def test_devices_are_cores_by_the_threads_that_a_rank_had(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
-    rows = synthetic_rows(Law(0.2, 400.0, 4.0, 0.5, 0.5))
-    fit = law_of(rows, bootstrap=5)
-    assert isinstance(fit, LawFit)
-    assert fit.law.alpha == pytest.approx(0.5, abs=0.02)
-    page = report(sweep, members(sweep, CONFIGS), rows, "python launch/sweep.py --config scaling.json")
-    assert page.count("<svg") == 3
-    assert "gains +0.000" in page
-    assert "95 % low" in page
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://creativecommons", "").replace(
-        "http://purl.org", ""
-    )
-    assert isinstance(law_of(rows[:4]), NotEnoughPoints)
-    assert "not enough points" in report(sweep, members(sweep, CONFIGS), rows[:4], "x")
-
-
-def test_the_report_of_a_throughput_study(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, study="throughput")
-    rows = [
-        {
-            **synthetic_rows(Law(0.2, 1, 1, 0.5, 0.5))[0],
-            "ranks": w,
-            "zero_stage": z,
-            "global_batch": 2 * w,
-            "step_s": 0.2 + 0.02 * math.log2(w),
-        }
-        for w in (1, 2, 4)
-        for z in (1, 3)
-    ]
-    runs, _ = throughput_of(rows)
-    assert len(runs) == 6
-    page = report(sweep, members(sweep, CONFIGS), rows, "x")
-    assert "efficiency" in page
-    assert "Assumes a device for every rank" in page
-    assert "data_wait_per_sample_s" in page
+    member = members(sweep, CONFIGS)[0]
+    member.run_dir.mkdir(parents=True)
+    path = member.run_dir / "environment.json"
+    found = {"gpus": [], "cpu_count": 8, "omp_num_threads": None, "threads": 4}
+    path.write_text(json.dumps(found))
+    assert result_row(member, State(), sweep)["devices"] == 2
+    assert describe_environment(1)["threads"] == torch.get_num_threads()
 
 
 def test_a_result_row_reads_the_run_directory(tmp_path: Path, train: Path) -> None:

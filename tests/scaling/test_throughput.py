@@ -92,7 +92,7 @@ def test_ranks_that_share_a_device_take_turns() -> None:
     assert [fit.terms[name] for name in TERMS] == pytest.approx([0.02, 0.1, 0.01, 1e-4], rel=1e-3)
     assert fit.step_s(8, 1, 16, 10**6) < 0.5 * fit.step_s(8, 1, 16, 10**6, devices=2)
     pair = [Measured(1, 1, 2, 10**6, 0.5, devices=2), Measured(4, 1, 8, 10**6, 1.0, devices=2)]
-    assert [share for _, share in efficiency(pair)] == pytest.approx([1, 1])
+    assert [weak for _, weak, _ in efficiency(pair)] == pytest.approx([1, 1])
 
 
 def test_two_world_sizes_are_not_enough() -> None:
@@ -104,9 +104,34 @@ def test_two_world_sizes_are_not_enough() -> None:
 def test_efficiency_is_one_for_perfect_scaling() -> None:
     weak = [Measured(w, 1, 2 * w, 10**6, 0.5) for w in (1, 2, 4)]
     strong = [Measured(w, 1, 8, 10**6, 2.0 / w) for w in (1, 2, 4)]
-    assert [e for _, e in efficiency(weak)] == pytest.approx([1, 1, 1])
-    assert [e for _, e in efficiency(strong)] == pytest.approx([1, 1, 1])
-    assert efficiency([*strong, Measured(8, 1, 8, 10**6, 0.5)])[-1][1] == pytest.approx(0.5)
+    assert [e for _, e, _ in efficiency(weak)] == pytest.approx([1, 1, 1])
+    assert [e for _, _, e in efficiency(strong)] == pytest.approx([1, 1, 1])
+    assert efficiency([*strong, Measured(8, 1, 8, 10**6, 0.5)])[-1][1:] == (None, pytest.approx(0.5))
+
+
+def test_weak_and_strong_efficiency_have_peers_of_their_own() -> None:
+    """One rank is slower for a batch of one than for four: the run on two ranks is compared with each, apart."""
+    one, four = Measured(1, 1, 1, 10**6, 0.4), Measured(1, 1, 4, 10**6, 1.0)
+    wide = Measured(4, 1, 4, 10**6, 0.5)
+    shares = {run: (weak, strong) for run, weak, strong in efficiency([one, four, wide])}
+    assert shares[wide] == (pytest.approx(0.8), pytest.approx(0.5))
+    assert efficiency([wide]) == [(wide, None, None)]
+    assert efficiency([one, Measured(2, 1, 2, 2 * 10**6, 0.4)])[1][1:] == (None, None), "another model"
+
+
+def test_accumulation_sends_more_in_stages_two_and_three() -> None:
+    truth = ThroughputFit(dict(zip(TERMS, (0.02, 0.1, 0.01, 1e-3), strict=True)), 0, 0)
+    runs = [
+        Measured(w, s, 2 * w * m, 10**8, truth.step_s(w, s, 2 * w * m, 10**8, micro_steps=m), micro_steps=m)
+        for w in (1, 2, 4)
+        for s in (1, 2, 3)
+        for m in (1, 4)
+    ]
+    fit = fit_throughput(runs)
+    assert isinstance(fit, ThroughputFit)
+    assert [fit.terms[name] for name in TERMS] == pytest.approx([0.02, 0.1, 0.01, 1e-3], rel=1e-3)
+    assert fit.held_out_error == pytest.approx(0, abs=1e-6)
+    assert fit.step_s(4, 3, 8, 10**8, micro_steps=4) > fit.step_s(4, 3, 8, 10**8) + 2
 
 
 def test_a_crop_reads_whole_chunks() -> None:
@@ -144,6 +169,21 @@ def test_more_ranks_jitter_failures_and_slow_storage_stall_more() -> None:
     assert simulate(dataclasses.replace(base, jitter=1.5)).stall_fraction > stall
     assert simulate(dataclasses.replace(base, failure_probability=1e-3)).stall_fraction > stall
     assert simulate(dataclasses.replace(base, storage_bytes_per_s=1e9)).stall_fraction > 0.4
+
+
+def test_prefetch_bounds_finished_samples_not_workers() -> None:
+    """Eight workers with a queue of two: all eight work, as those of the real stream do."""
+    busy = dataclasses.replace(PATH, ranks=4, workers=8, prefetch=2, compute_s=0.2, cpu_s_per_sample=0.6, jitter=0.0)
+    assert simulate(busy).stall_fraction < 0.02  # 0.6 s of work for each of 10 samples a second: six workers
+
+
+def test_throughput_meets_the_storage_limit_without_a_jump() -> None:
+    """Bound by storage, the ranks get its rate, whatever the workers; just below the limit they get nearly as much."""
+    path = dataclasses.replace(PATH, ranks=16, workers=8, jitter=0.0, cpu_s_per_sample=0.4, compute_s=0.5)
+    demand = 16 * 2 / 0.5
+    for share, expected in ((0.25, 0.25), (0.5, 0.5), (0.99, 0.99), (1.0, 1.0), (1.01, 1.0), (4.0, 1.0)):
+        rate = simulate(dataclasses.replace(path, storage_bytes_per_s=share * demand * path.bytes_per_sample)).samples_per_s
+        assert rate == pytest.approx(expected * demand, rel=0.03), share
 
 
 def test_the_simulation_is_reproducible() -> None:

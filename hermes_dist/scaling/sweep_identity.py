@@ -1,0 +1,91 @@
+"""Whether a member's directory holds the run that the sweep describes now: its name tells the grid's values only.
+
+Base file, overrides and command line may have changed since a run was made. Then its results answer another question, so the
+sweep refuses to go on with them, and rows of the results table are made from the configuration that the run really had.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hermes_dist.config import Config, load_config
+from hermes_dist.errors import ConfigError
+from hermes_dist.scaling.sweep import Member, SweepConfig
+
+NO_MATTER = (
+    "monitor.",
+    "run.output_dir",
+    "run.resume",
+    "checkpoint.keep",
+    "data.allow_changed_collection",
+    "stream.cache_",
+    "stream.object_store_mib",
+    "stream.ray_address",
+    "stream.wait_limit_s",
+    "train.step_limit_s",
+)
+"""Beginnings of keys that change neither what a run learns nor how fast a step is."""
+
+
+def stored_config(member: Member) -> Config | None:
+    """What the member's run used, from its config.json; None before its first start. Raises ConfigError if it is unreadable."""
+    path = member.run_dir / "config.json"
+    return load_config(path) if path.is_file() else None
+
+
+def config_of(member: Member) -> Config:
+    """The configuration that a result row is about: that of the run, or of the sweep where there is no run yet."""
+    return stored_config(member) or member.config()
+
+
+def check_unchanged(members: Iterable[Member]) -> None:
+    """Refuse runs of an earlier form of the sweep.
+
+    Raises:
+        ConfigError: a run used other values than the sweep sets now; names the first key, both values and what to do.
+    """
+    for member in members:
+        used = stored_config(member)
+        if used is None:
+            continue
+        old, new = _flat(used), _flat(member.config())
+        different = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        different = [key for key in different if not key.startswith(NO_MATTER)]
+        if different:
+            key, more = different[0], f" ({len(different) - 1} more keys differ)" if len(different) > 1 else ""
+            raise ConfigError(
+                f"{member.run_dir} was run with {key} = {old.get(key, 'absent')!r} and the sweep now says "
+                f"{new.get(key, 'absent')!r}{more}: its results belong to another sweep. Give this sweep another name, set "
+                f"{key} back, or delete {member.run_dir}"
+            )
+
+
+def lacking(member: Member, sweep: SweepConfig) -> list[Path]:
+    """Result files that the sweep wants of the member and that are not there, or are over another number of patches."""
+    return [path for path in member.results(sweep) if not _answers(path, member, sweep)]
+
+
+def _answers(path: Path, member: Member, sweep: SweepConfig) -> bool:
+    if not path.is_file():
+        return False
+    held_out = sweep.held_out
+    if held_out is None or path != member.held_out(held_out):
+        return True
+    found = json.loads(path.read_text())
+    # Files without `requested` state what was measured, whole batches: it is the request where that is a multiple.
+    return found.get("requested", found.get("samples")) == held_out.samples
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def _leaves(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
