@@ -175,8 +175,8 @@ def run_on_ray(sweep: SweepConfig, members: Sequence[Member], train: Path, updat
             member = pending.pop(done)
             try:
                 ray.get(done)
-            except UsageError:
-                raise
+            except UsageError as error:  # Ray's copy of it begins with the traceback of the node
+                raise UsageError(str(getattr(error, "cause", error))) from None
             except RayError as error:  # its node or worker died: somewhere else it resumes from its checkpoint
                 lost[member.name] += 1
                 if lost[member.name] <= sweep.retries:

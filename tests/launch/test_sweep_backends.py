@@ -49,6 +49,17 @@ if pairs["run.seed"] == "16" and not (run / "killed").exists():
 """
 
 
+def run_program(program: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(program), str(folder)],
+        cwd=ROOT,
+        env={**sweep_backends.os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
 def sweep_of(folder: Path, **changes: Any) -> SweepConfig:
     data: dict[str, Any] = {"name": "s", "base": "demo.json", "output_dir": str(folder), "grid": {"run.seed": [0, 1]}}
     data["overrides"] = {"train.max_steps": 30, "train.global_batch": 4}
@@ -137,20 +148,27 @@ def test_the_table_lives_and_its_numbers_are_metrics(tmp_path: Path, monkeypatch
 
 @pytest.mark.multiproc
 @pytest.mark.slow
+def test_a_ray_node_without_the_folder_of_the_call_is_named(tmp_path: Path) -> None:
+    """The driver says that it is in a folder which the worker does not see."""
+    sweep = sweep_of(tmp_path, grid={"run.seed": [0]})
+    (tmp_path / "sweep.json").write_text(sweep.model_dump_json())
+    program = tmp_path / "on_ray.py"
+    elsewhere = 'Path.cwd = staticmethod(lambda: Path("/only/here"))\nstates = {}'
+    program.write_text(RAY_PROGRAM.replace("states = {}", elsewhere, 1))
+    done = run_program(program, tmp_path)
+    assert done.returncode != 0
+    assert "UsageError: /only/here is not on the Ray node" in done.stderr.splitlines()[-1], done.stderr[-3000:]
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
 def test_a_ray_cluster_runs_the_members_and_a_lost_worker_costs_a_try(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(FAKE_TRAIN.replace("with (run /", f"{KILLS_ITS_WORKER}with (run /", 1))
     sweep = sweep_of(tmp_path, grid={"run.seed": [0, 13, 16]}, at_once=2)
     (tmp_path / "sweep.json").write_text(sweep.model_dump_json())
     program = tmp_path / "on_ray.py"
     program.write_text(RAY_PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)],
-        cwd=ROOT,
-        env={**sweep_backends.os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_program(program, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split("\n")[-4:-1] == ["seed0 done", "seed13 done", "seed16 done"]
     assert (tmp_path / "s" / "seed16" / "killed").exists()
