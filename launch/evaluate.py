@@ -26,6 +26,7 @@ from hermes_dist.train.held_out import held_out_loss, write_held_out
 from hermes_dist.train.predict import load_run, use_cores
 from hermes_dist.train.report_scores import show
 from hermes_dist.train.run_directory import open_stores
+from hermes_dist.train.transfer import check_preprocessing
 
 
 def arguments() -> argparse.Namespace:
@@ -48,7 +49,8 @@ def main() -> int:
         run = load_run(args.run, torch.device(args.device) if args.device else None, args.overrides)
         use_cores(args.threads)
         session = runtime.start(run.config) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-        stores, _, _ = open_stores(run.config)
+        stores, _, preprocessing = open_stores(run.config)
+        check_preprocessing(args.run, preprocessing.model_dump(mode="json"))
         if args.loss:
             result = held_out_loss(run, stores, args.split, args.loss)
             console.print(f"loss {result['loss']:.4f} over {result['samples']} patches: wrote {write_held_out(run, result)}")

@@ -37,6 +37,7 @@ from hermes_dist.telemetry.telemetry import Telemetry
 from hermes_dist.train import predict
 from hermes_dist.train.evaluate_queue import WorkQueue
 from hermes_dist.train.evaluate_slices import save_slice
+from hermes_dist.train.memory_errors import named_memory_errors
 from hermes_dist.train.run_directory import write_json
 from hermes_dist.volume.geometry import Placement
 
@@ -211,7 +212,8 @@ def class_mask(label: npt.NDArray[np.integer[Any]], task: TaskClass) -> npt.NDAr
 
 def _score_or_explain(model: nn.Module, job: Job, case: Case) -> dict[str, Any]:
     try:
-        return {"scores": [s.to_json() for s in score_scan(model, job, case)]}
+        with named_memory_errors(case.row.name):
+            return {"scores": [s.to_json() for s in score_scan(model, job, case)]}
     except HermesError as error:
         return {"failed": {"dataset": case.dataset.name, "case_id": case.row.case_id, "reason": str(error)}}
 

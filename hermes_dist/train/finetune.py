@@ -6,12 +6,11 @@ incremental   backbone, heads and old tokens stay frozen, the new tasks' tokens 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from hermes_dist.config import Config, load_config, resolve, set_dotted, validate
+from hermes_dist.config import Config, OptimizerConfig, load_config, resolve, set_dotted, validate
 from hermes_dist.errors import ConfigError
 
 Mode = Literal["transfer", "incremental"]
@@ -36,21 +35,12 @@ def finetune_config(source: Path, mode: Mode, *, stores: Sequence[str], name: st
     if mode == "incremental":
         data["optimizer"]["weight_decay"] = 0.0
         data["loss"]["modality_weight"] = 0.0
+    elif old.train.trainable == "new_tasks":  # its zeros were for frozen weights; without decay LAMB has no trust ratios
+        data["optimizer"]["weight_decay"] = OptimizerConfig().weight_decay
+        data["loss"]["modality_weight"] = None
     for override in overrides:
         set_dotted(data, override)
     config = resolve(validate(data, source=f"fine-tuning {source}"))
     if config.run_dir.resolve() == source.resolve():
         raise ConfigError(f"the new run would be written over the one it starts from ({source}); choose another --name")
     return config
-
-
-def check_preprocessing(source: Path, preprocessing: dict[str, Any]) -> None:
-    """A frozen backbone must see what it was trained on. Raises ConfigError naming the settings that differ."""
-    path = source / "preprocessing.json"
-    if not path.is_file():
-        return
-    trained = json.loads(path.read_text())
-    different = [key for key in trained if trained[key] != preprocessing.get(key)]
-    if different:
-        settings = ", ".join(f"{key} = {preprocessing.get(key)} (trained with {trained[key]})" for key in different)
-        raise ConfigError(f"the stores were converted with other preprocessing than {source}: {settings}; convert them alike")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,8 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     tasks = transfer.extend(config.train, tasks)
     fresh = TrainState(seed=config.run.seed, tasks_digest=tasks.digest, collection_digest=run_directory.collection_digest(stores))
     # Whatever can be found wrong in the configuration is found before anything is written.
+    if config.train.initial_weights is not None:
+        transfer.check_preprocessing(Path(config.train.initial_weights), preprocessing.model_dump(mode="json"))
     plan = build_reader(config, stores, tasks)[0].plan
     if config.evaluate.every_steps:
         find_cases(Job(config.run_dir, config, stores, tasks, config.evaluate.split, ""))

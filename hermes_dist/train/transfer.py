@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,26 @@ def initialise(model: nn.Module, config: Config, tasks: TaskTable) -> None:
         _freeze_known(model, row_map)
 
 
+def check_preprocessing(source: Path, preprocessing: dict[str, Any]) -> None:
+    """A model must see what it was trained on, however it is stored.
+
+    Args:
+        source: a run directory, or a .safetensors file in one.
+        preprocessing: of the stores, as JSON.
+
+    Raises:
+        ConfigError: names the settings that differ.
+    """
+    path = (source if source.is_dir() else source.parent) / "preprocessing.json"
+    if not path.is_file():
+        return
+    trained = json.loads(path.read_text())
+    different = [key for key in trained if key != "image_dtype" and trained[key] != preprocessing.get(key)]
+    if different:
+        settings = ", ".join(f"{key} = {preprocessing.get(key)} (trained with {trained[key]})" for key in different)
+        raise ConfigError(f"the stores were converted with other preprocessing than {source}: {settings}; convert them alike")
+
+
 def read_tasks(source: Path) -> TaskTable:
     """`tasks.json` of a run directory, or beside a .safetensors file. Raises ConfigError where there is none."""
     path = (source if source.is_dir() else source.parent) / "tasks.json"
@@ -95,6 +116,10 @@ def read_tasks(source: Path) -> TaskTable:
         ) from None
 
 
+CHANNEL_HEADS = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
+"""Of a traditional model: one row a task."""
+
+
 def _row_map(known: TaskTable, tasks: TaskTable) -> Callable[[str], Rows | None]:
     """For a tensor's name: which rows come from where, if its first axis counts tasks or modalities; None for all others."""
     there = {f"{d.name}/{c.name}": c.task_id for d in known.datasets for c in d.classes}
@@ -104,7 +129,7 @@ def _row_map(known: TaskTable, tasks: TaskTable) -> Callable[[str], Rows | None]
 
     def rows(name: str) -> Rows | None:
         first, last = name.split(".", 1)[0], name.rsplit(".", 1)[-1]
-        if (first == "pools" and last == "task") or name in ("head.weight", "head.bias"):
+        if (first == "pools" and last == "task") or name in CHANNEL_HEADS:
             return task_rows
         if (first == "pools" and last == "modality") or name.startswith("modality_head.fc2."):
             return modality_rows

@@ -17,7 +17,9 @@ from hermes_dist.shards.case import CaseRecord
 from hermes_dist.shards.store import create_store
 from hermes_dist.tasks import TaskTable
 from hermes_dist.train import predict
-from hermes_dist.train.finetune import check_preprocessing, finetune_config
+from hermes_dist.train.finetune import finetune_config
+from hermes_dist.train.run_directory import write_json
+from hermes_dist.train.transfer import check_preprocessing
 from hermes_dist.volume.geometry import Grid
 from hermes_dist.volume.preprocess import Preprocessing, place
 from tests.train.tiny_run import label_of, make_run
@@ -62,6 +64,17 @@ def test_bad_use(tmp_path):
     other = Preprocessing(spacing_mm_zyx=(2.0, 2.0, 2.0)).model_dump(mode="json")
     with pytest.raises(ConfigError, match=r"spacing_mm_zyx = \[2.0, 2.0, 2.0\] \(trained with"):
         check_preprocessing(run, other)
+    check_preprocessing(run, Preprocessing(image_dtype="float16").model_dump(mode="json"))  # how it is stored says nothing
+
+
+def test_all_weights_after_only_new_ones(tmp_path):
+    """The zeros of incremental learning are not handed on: without decay LAMB has no trust ratios."""
+    run = make_run(tmp_path)
+    before = predict.load_run(run).config
+    write_json(run / "config.json", finetune_config(run, "incremental", stores=["x"], name="new").model_dump(mode="json"))
+    after = finetune_config(run, "transfer", stores=["x"], name="next")
+    assert after.optimizer.weight_decay == before.optimizer.weight_decay > 0
+    assert after.loss.modality_weight == before.loss.modality_weight
 
 
 def launch(run: Path, store: Path, name: str, *more: str) -> subprocess.CompletedProcess[str]:

@@ -15,9 +15,10 @@ from hermes_dist.models import build_model
 from hermes_dist.models.release import paper_tasks
 from hermes_dist.train import transfer
 from hermes_dist.train.evaluate import Job, evaluate
-from hermes_dist.train.finetune import check_preprocessing, finetune_config
+from hermes_dist.train.finetune import finetune_config
 from hermes_dist.train.predict import load_run
 from hermes_dist.train.run_directory import open_stores
+from hermes_dist.train.transfer import check_preprocessing
 from launch.import_published import import_checkpoint
 from tests.models.published_state import published_state
 

@@ -307,3 +307,18 @@ def test_during_training_writes_history_and_gauges(job, tmp_path, monkeypatch):
     assert Gauges.seen["test"] == 1.0
     assert Gauges.seen["hermes_evaluation_duration_seconds"] > 0
     assert "mean Dice on test 1.000" in Run.lines[0]
+
+
+def test_a_scan_that_needs_too_much_memory_fails_alone(job, monkeypatch):
+    store = job.stores[0]
+    read = store.read_case
+
+    def large(row):
+        if row.case_id == "a1":
+            raise MemoryError("Unable to allocate 40.0 GiB")
+        return read(row)
+
+    monkeypatch.setattr(store, "read_case", large)
+    result = ev.evaluate(Oracle(TASKS).eval(), job)
+    assert result is not None
+    assert [f["reason"].split(";")[0] for f in result["failed"]] == ["organs/a1: not enough memory (Unable to allocate 40.0 GiB)"]

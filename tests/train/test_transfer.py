@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hermes_dist.config import Config
+from hermes_dist.config import Config, resolve, validate
 from hermes_dist.errors import CheckpointError, ConfigError
 from hermes_dist.models import build_model
 from hermes_dist.tasks import TaskTable
@@ -113,3 +113,24 @@ def test_bad_use(tmp_path):
     (run / "tasks.json").write_text(json.dumps({"datasets": 3}))
     with pytest.raises(ConfigError, match="tasks.json cannot be read"):
         transfer.read_tasks(run)
+
+
+def test_every_table_of_tasks_has_its_rows_mapped():
+    """Whatever has one row a task follows the tasks' names, MedFormer's auxiliary head too."""
+    for backbone, method in (("resunet", "traditional"), ("medformer", "traditional"), ("medformer", "hermes")):
+        config = validate({"model": {"backbone": backbone, "method": method, "base_channels": 16}})
+        few, many = (build_model(resolve(config).model, tasks).state_dict() for tasks in (TASKS, transfer_table()))
+        rows = transfer._row_map(TASKS, transfer_table())
+        for name, tensor in few.items():
+            assert (rows(name) is not None) == (tensor.shape != many[name].shape), name
+
+
+def transfer_table() -> TaskTable:
+    """One task and one modality more than TASKS."""
+    return TaskTable.build(
+        [
+            ("organs", "CT", "abdomen", [("liver", [1, 2]), ("tumour", [2])], None),
+            ("brains", "T1", "brain", [("stem", [1]), ("liver", [2])], 9),
+            ("pelvis", "T2", "pelvis", [("prostate", [1])], None),
+        ]
+    )
