@@ -228,7 +228,7 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["none", "blocks", "full", "selective"] = "none"
     """What is recomputed in the backward pass."""
     offload_activations: bool = False
-    """Keep saved activations in host memory."""
+    """Keep the inputs of recomputed parts in host memory; needs a mode above, of `selective` the attention blocks only."""
     compile: bool = False
     """torch.compile of the attention blocks and token MLPs, at their first call; not with ZeRO stage 3."""
     ema: EmaConfig = EmaConfig()

@@ -31,11 +31,14 @@ def apply_activation_checkpointing(model: nn.Module, mode: Mode, offload: bool =
     Args:
         model: from `build_model`, not yet wrapped in an engine.
         mode: see the module's head.
-        offload: keep the recomputation's inputs in host memory (no effect for a model on the CPU).
+        offload: keep the inputs of what is recomputed as a whole in host memory: all but the residual blocks of `selective`.
+            No effect for a model on the CPU.
 
     Raises:
-        ModelError: the mode is applied a second time.
+        ModelError: the mode is applied a second time, or offloading is asked for where nothing is recomputed.
     """
+    if offload and mode == "none":
+        raise ModelError("train.offload_activations needs train.activation_checkpointing = blocks, full or selective, not none")
     if getattr(model, "checkpointing", None):
         raise ModelError("activation checkpointing is applied already; build the model anew to change its mode")
     model.__dict__["checkpointing"] = mode

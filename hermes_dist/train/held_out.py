@@ -7,6 +7,7 @@ the same stores is asked the same questions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from hermes_dist.config import Config, validate
 from hermes_dist.shards.store import ShardStore
 from hermes_dist.stream.loader import open_stream
+from hermes_dist.tasks import TaskTable
+from hermes_dist.train.evaluate import as_trained
 from hermes_dist.train.predict import TrainedRun
 from hermes_dist.train.record import LossSums
 from hermes_dist.train.run_directory import write_json
@@ -31,9 +34,10 @@ def held_out_loss(run: TrainedRun, stores: Sequence[ShardStore], split: str, sam
         ConfigError: the split has no case.
     """
     config = _config(run.config, split, samples)
+    tasks = _with_stored_values(run.tasks, stores)
     sums = LossSums.zeros(run.tasks, run.device)
     modality_count = 0
-    with torch.no_grad(), open_stream(config, stores, run.tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
+    with torch.no_grad(), open_stream(config, stores, tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
         for batch in stream:
             loss = StepLoss(config.loss, batch, sums, null_column=config.model.priors.padding == "attended")
             modality_count += batch.modality_count
@@ -51,6 +55,17 @@ def held_out_loss(run: TrainedRun, stores: Sequence[ShardStore], split: str, sam
         "loss_modality": modality,
         "weights": run.weights_digest,
     }
+
+
+def _with_stored_values(tasks: TaskTable, stores: Sequence[ShardStore]) -> TaskTable:
+    """The model's tasks, with the label values of these stores: they may have been converted with others than the run's."""
+    stored = {d.name: d for store in stores for d in store.collection.tasks.datasets}
+    found = {d.name: as_trained(stored[d.name], tasks) for d in tasks.datasets if d.name in stored}
+    datasets = [
+        replace(d, classes=found[d.name].classes, ignore_value=found[d.name].ignore_value) if d.name in found else d
+        for d in tasks.datasets
+    ]
+    return TaskTable(tuple(datasets))
 
 
 def write_held_out(run: TrainedRun, result: dict[str, Any]) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hermes_dist.config import Config, TrainConfig
 from hermes_dist.errors import CheckpointError, ConfigError
 from hermes_dist.parallel.checkpoint import read_weights
-from hermes_dist.tasks import TaskTable
+from hermes_dist.tasks import DatasetTasks, TaskTable
 
 Rows = list[tuple[int, int]]
 """(row here, row there)."""
@@ -45,12 +45,22 @@ def extend(config: TrainConfig, tasks: TaskTable) -> TaskTable:
                 f"dataset {dataset.name!r} has the classes {', '.join(dataset.class_names)}, but {config.initial_weights} learnt "
                 f"{', '.join(old[dataset.name].class_names)} under that name; give the new dataset another name"
             )
+        if dataset.name in old and _values(old[dataset.name]) != _values(dataset):
+            raise ConfigError(
+                f"dataset {dataset.name!r} has the label values {_values(dataset)}, but {config.initial_weights} learnt it with "
+                f"{_values(old[dataset.name])}; convert it with those, or leave its store out"
+            )
     new = TaskTable.merge([TaskTable(tuple(d for d in tasks.datasets if d.name not in old))])
     if not new.datasets:
         raise ConfigError(
             f"train.trainable = 'new_tasks', but data.stores hold only datasets that {config.initial_weights} knows"
         )
     return TaskTable.merge([known, new])
+
+
+def _values(dataset: DatasetTasks) -> dict[str, list[int]]:
+    ignored = [] if dataset.ignore_value is None else [dataset.ignore_value]
+    return {**{c.name: list(c.values) for c in dataset.classes}, "ignored": ignored}
 
 
 def initialise(model: nn.Module, config: Config, tasks: TaskTable) -> None:

@@ -44,3 +44,8 @@ def test_a_second_mode_is_refused() -> None:
     apply_activation_checkpointing(model, "none")
     with pytest.raises(ModelError, match="applied already"):
         apply_activation_checkpointing(model, "full")
+
+
+def test_offloading_needs_something_that_is_recomputed() -> None:
+    with pytest.raises(ModelError, match="needs train.activation_checkpointing"):
+        gradients("resunet", "hermes", "none", offload=True)

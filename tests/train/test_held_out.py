@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hermes_dist.errors import ConfigError
 from hermes_dist.models import build_model
 from hermes_dist.seg.losses import pair_losses
 from hermes_dist.stream.loader import open_stream
+from hermes_dist.tasks import TaskTable
 from hermes_dist.train import held_out
 from hermes_dist.train.held_out import held_out_loss, write_held_out
 from hermes_dist.train.predict import TrainedRun
@@ -61,3 +63,17 @@ def test_it_is_the_loss_of_the_training_step_over_all_pairs(tmp_path: Path) -> N
 def test_a_split_without_cases_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no case"):
         held_out_loss(opened(tmp_path, Oracle(TASKS)), [make_store(tmp_path / "store")], "val", 4)
+
+
+def test_labels_are_read_with_the_values_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run was trained on a store with other values for the same classes; its table says nothing about this one."""
+    monkeypatch.setattr(held_out, "BATCH", 1)
+    other = TaskTable.build(
+        [
+            ("organs", "CT", "abdomen", [("liver", [63, 126]), ("tumour", [126])], 7),
+            ("brains", "T1", "brain", [("stem", [63]), ("liver", [126])], None),
+        ]
+    )
+    run = opened(tmp_path, Oracle(TASKS))
+    stores = [make_store(tmp_path / "store")]
+    assert held_out_loss(replace(run, tasks=other), stores, "test", 6) == held_out_loss(run, stores, "test", 6)

@@ -99,6 +99,9 @@ def test_bad_use(tmp_path):
     clash = TaskTable.build([("organs", "CT", "abdomen", [("spleen", [1])], None)])
     with pytest.raises(ConfigError, match="learnt liver, tumour under that name"):
         transfer.extend(config_from(run, tmp_path, "new_tasks").train, clash)
+    values = TaskTable.build([("organs", "CT", "abdomen", [("liver", [1, 2]), ("tumour", [3])], None)])
+    with pytest.raises(ConfigError, match="label values .*'tumour': .3.*but .*'tumour': .2"):
+        transfer.extend(config_from(run, tmp_path, "new_tasks").train, values)
     decay = make_config(tmp_path, train={"initial_weights": str(run), "trainable": "new_tasks"})
     with pytest.raises(ConfigError, match="weight_decay"):
         transfer.initialise(build_model(decay.model, TASKS), decay, TASKS)
