@@ -2,8 +2,9 @@
 
 `shares` turns a configuration into fractions. `apportion` turns fractions into whole numbers per block of positions, by
 largest remainder; what a block could not give is carried to the next one, so that a dataset whose share is below one
-position per block still gets its turn, and the count after any number of blocks of a period differs from the ideal by less than one.
-After `period` blocks the table repeats, which makes it O(1) at any position; so does its rounding. Pure functions on plain arrays.
+position per block still gets its turn, and the count after any number of blocks of a period differs from the ideal by less
+than one. After `period` blocks the table repeats, and its rounding with it, which makes it O(1) at any position. Pure functions
+on plain arrays.
 """
 
 from __future__ import annotations
