@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import pickle
 import shutil
 import tempfile
 import threading
@@ -37,7 +38,7 @@ from hermes_dist.errors import HermesError, StreamError, WaitTimeoutError
 from hermes_dist.stream.inline_source import read_run
 from hermes_dist.stream.ray_cluster import Cluster, local_place, quiet_ray
 from hermes_dist.stream.ray_gauges import ClusterGauges
-from hermes_dist.stream.reader import Reader, Sample
+from hermes_dist.stream.reader import Reader, Sample, open_pickled
 from hermes_dist.stream.starter import Starter
 from hermes_dist.volume.augment import Draw
 
@@ -194,7 +195,8 @@ class RaySource:
         sent = copy.copy(self._reader)
         sent.chaos = copy.copy(self._reader.chaos)
         sent.chaos.kill_dir = self._kill_dir  # only workers are ever killed
-        return ray.put(sent)
+        # As bytes: what goes wrong while a worker opens the stores is then ours to see, and to try again.
+        return ray.put(pickle.dumps(sent))
 
     def _open(self, rows: int) -> Pipeline | None:
         """Start a pipeline over the next `rows` positions, and wait for its first block.
@@ -315,7 +317,7 @@ def _reader(ref: Any) -> Reader:
     key = ref.hex()
     if key not in _readers:
         _readers.clear()  # a worker serves one run at a time; an older run's stores only hold memory
-        _readers[key] = ray.get(ref, timeout=60)
+        _readers[key] = open_pickled(ray.get(ref, timeout=60))
     return _readers[key]
 
 

@@ -9,6 +9,8 @@ world sizes agree without talking to each other.
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,8 @@ _NOTHING = np.zeros(0, np.int32)
 IO = ("bytes_read", "cache_hits", "cache_misses")
 """Counters of a store that are followed to the sample."""
 MAX_PAUSE_S = 30.0
+OPEN_ATTEMPTS, OPEN_PAUSE_S = 8, 0.5
+"""Of a worker that opens the stores: a minute in all, because many may do so at once."""
 
 
 class Store(Protocol):
@@ -239,6 +243,23 @@ class Reader:
             f"{len(tried)} unreadable cases in a row (stream.faults.max_quarantined = {self.faults.max_quarantined}): {listed}. "
             "Run `hermes-shard verify` on the store and convert these cases again"
         )
+
+
+def open_pickled(pickled: bytes) -> Reader:
+    """A reader in another process: its stores are opened there, which may need more than one attempt.
+
+    Raises:
+        StreamError: storage kept failing.
+        DataError: a store is damaged.
+    """
+    for attempt in range(OPEN_ATTEMPTS):
+        try:
+            return pickle.loads(pickled)
+        except TransientStorageError as error:
+            if attempt == OPEN_ATTEMPTS - 1:
+                raise StreamError(f"a worker could not open the stores in {OPEN_ATTEMPTS} attempts: {error}") from error
+            time.sleep(pause_before(attempt, OPEN_PAUSE_S, os.getpid()))
+    raise AssertionError("the loop returns or raises")
 
 
 def finish(sample: Sample, patch: Vox3, scale: float = 1.0) -> None:
