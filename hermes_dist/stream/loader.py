@@ -129,6 +129,7 @@ class Stream:
         self._source = source
         self._collator = Collator(tasks, config.data.patch_vox_zyx)
         self._rank, self._world_size, self._step, self._shift = rank, world_size, start_step, shift
+        self._readers = max(config.stream.workers, config.stream.max_workers or 0, 1) if config.stream.backend == "ray" else 1
         local = max(-(-config.train.global_batch // world_size), 1)
         self._ready: queue.Queue[_Ready | BaseException | None] = queue.Queue(max(config.stream.prefetch // local, 1))
         self._stop = threading.Event()
@@ -184,7 +185,7 @@ class Stream:
         wait_s = time.perf_counter() - begin
         batch, parts_s = item.batch, item.parts_s
         batch.data_wait_s = wait_s
-        batch.wait_parts_s = attribute_wait(wait_s, parts_s, len(batch.positions))
+        batch.wait_parts_s = attribute_wait(wait_s, parts_s, len(batch.positions), self._readers)
         if self._world_size == 1:
             batch.events = self.quarantine.settle(batch.events, [batch.unreadable], 0)
         batch.events = self._notes + batch.events
@@ -308,19 +309,20 @@ class _Ready:
         self.batch, self.parts_s, self.io = batch, parts_s, io
 
 
-def attribute_wait(wait_s: float, parts_s: dict[str, float], n_samples: int) -> dict[str, float]:
+def attribute_wait(wait_s: float, parts_s: dict[str, float], n_samples: int, at_once: int = 1) -> dict[str, float]:
     """Share a wait out among causes; the values sum to `wait_s`.
 
     Args:
         wait_s: seconds the training loop really waited.
         parts_s: seconds that the awaited samples spent in each stage, over all of them.
         n_samples: how many samples that were.
+        at_once: how many of them were worked on at the same time (workers).
 
     Returns:
         The wait in proportion to the stages, but no stage more than it took; what is left is `queue`: nobody was working on
         the samples (workers starting, tasks being scheduled).
     """
-    busy_s = sum(parts_s.values()) if n_samples else 0.0
-    factor = min(wait_s / busy_s, 1.0) if busy_s > 0 else 0.0
+    busy_s = sum(parts_s.values()) / min(at_once, n_samples) if n_samples else 0.0
+    factor = min(wait_s / busy_s, 1.0) / min(at_once, n_samples) if busy_s > 0 else 0.0
     shared = {cause: parts_s.get(cause, 0.0) * factor for cause in CAUSES if cause != "queue"}
     return {**shared, "queue": max(wait_s - sum(shared.values()), 0.0)}

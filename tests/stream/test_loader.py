@@ -122,6 +122,9 @@ def test_waits_are_attributed(store_paths: dict[str, Path]) -> None:
     parts = attribute_wait(10.0, {"storage": 1.0, "augment": 3.0}, 2)
     assert parts == {"storage": 1.0, "decode": 0.0, "augment": 3.0, "transfer": 0.0, "queue": 6.0}
     assert attribute_wait(2.0, {"storage": 1.0, "augment": 3.0}, 2)["augment"] == pytest.approx(1.5)
+    # Four workers at once took one second of this wait; the rest was nobody's work.
+    parts = attribute_wait(2.0, {"storage": 1.0, "augment": 3.0}, 8, at_once=4)
+    assert parts == pytest.approx({"storage": 0.25, "decode": 0, "augment": 0.75, "transfer": 0, "queue": 1.0})
 
 
 @pytest.mark.parametrize(
