@@ -36,7 +36,7 @@ def test_the_cap_is_the_jobs(tmp_path: Path) -> None:
             truncate(file)
     results = wait_ranks(start_ranks("launch.train", arguments(tmp_path / "store", tmp_path, "stops", 2), 2))
     for code, output in results:
-        assert code == 1
+        assert code == 2, "nothing restarts it: a restart would find the same cases"
         assert "unreadable cases on all ranks, more than stream.faults.max_quarantined=2" in output
         assert "hermes-shard verify" in output
     assert sorted(quarantined(tmp_path / "stops")) == sorted(f"{dataset}/case{number}" for dataset, number in damaged)
