@@ -82,7 +82,7 @@ class StreamError(HermesError):
 
 
 class QuarantineLimitError(StreamError):
-    """More corrupt cases than `stream.faults.max_quarantined`: a restart would find the same ones, so nothing restarts it."""
+    """More corrupt cases than `stream.faults.max_quarantined`. A restart finds the same: until_done.sh and Slurm stop."""
 
     exit_code = 2
 
