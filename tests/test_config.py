@@ -38,7 +38,7 @@ def test_overrides_take_json_or_text_and_create_sections(tmp_path):
             {"stream": {"cache_mib": 64}},
             "stream.cache_dir = None: a cache needs stream.cache_dir, its folder, and stream.cache_mib",
         ),
-        ({"stream": {"cache_dir": "/tmp/x"}}, "stream.cache_dir = '/tmp/x': a cache needs"),
+        ({"stream": {"cache_dir": "cache"}}, "stream.cache_dir = 'cache': a cache needs"),
         ({"data": {"patch_vox_zyx": [64, 0, 64]}}, r"data.patch_vox_zyx.1 = 0: input should be greater than 0"),
         ({"evaluate": {"window_vox_zyx": [64, -1, 64]}}, r"evaluate.window_vox_zyx.1 = -1"),
         ({"augment": {"rotation_deg": -1}}, "augment.rotation_deg = -1"),

@@ -9,7 +9,6 @@ world sizes agree without talking to each other.
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from hermes_dist.config import AugmentConfig, DataConfig, FaultsConfig, Vox3
 from hermes_dist.errors import DataError, QuarantineLimitError, StreamError, TransientStorageError
+from hermes_dist.shards.retry import retried
 from hermes_dist.stream.chaos import Chaos
 from hermes_dist.stream.crop import choose_start
 from hermes_dist.stream.keyed import uniform
@@ -31,8 +31,7 @@ _JITTER = 7
 _NOTHING = np.zeros(0, np.int32)
 IO = ("bytes_read", "cache_hits", "cache_misses")
 """Counters of a store that are followed to the sample."""
-MAX_PAUSE_S = 30.0
-OPEN_ATTEMPTS, OPEN_PAUSE_S = 8, 0.5
+OPEN_RETRIES, OPEN_PAUSE_S = 7, 0.5
 """Of a worker that opens the stores: a minute in all, because many may do so at once."""
 
 
@@ -156,19 +155,23 @@ class Reader:
     def _read_with_retries(self, rows: PlanRows, index: int, case: int, events: list[dict[str, Any]]) -> Sample:
         """One case, manifest and voxels. Raises DataError at once, StreamError after the last attempt at failing storage."""
         position, begin = int(rows.position[index]), time.perf_counter()
-        for attempt in range(self.faults.retries + 1):
-            try:
-                return self._read_case(rows, index, case, attempt, begin)
-            except TransientStorageError as error:
-                if attempt == self.faults.retries:
-                    raise StreamError(
-                        f"{self.case_name(case)}: storage failed {attempt + 1} times: {error}; "
-                        "check the storage, or raise stream.faults.retries"
-                    ) from error
-                pause_s = pause_before(attempt, self.faults.backoff_s, position)
-                events.append(self._event("retry", position, case, error=str(error), attempt=attempt + 1, pause_s=pause_s))
-                time.sleep(pause_s)
-        raise AssertionError("the loop returns or raises")
+
+        def note(error: TransientStorageError, attempt: int, pause_s: float) -> None:
+            events.append(self._event("retry", position, case, error=str(error), attempt=attempt, pause_s=pause_s))
+
+        try:
+            return retried(
+                lambda attempt: self._read_case(rows, index, case, attempt, begin),
+                self.faults.retries,
+                self.faults.backoff_s,
+                jitter=lambda attempt: float(uniform(_JITTER, position, attempt)),
+                on_retry=note,
+            )
+        except TransientStorageError as error:
+            raise StreamError(
+                f"{self.case_name(case)}: storage failed {self.faults.retries + 1} times: {error}; "
+                "check the storage, or raise stream.faults.retries"
+            ) from error
 
     def _read_case(self, rows: PlanRows, index: int, case: int, attempt: int, begin: float) -> Sample:
         """One attempt; `begin` = when the first one began, so that failed ones count as waits for storage."""
@@ -252,14 +255,10 @@ def open_pickled(pickled: bytes) -> Reader:
         StreamError: storage kept failing.
         DataError: a store is damaged.
     """
-    for attempt in range(OPEN_ATTEMPTS):
-        try:
-            return pickle.loads(pickled)
-        except TransientStorageError as error:
-            if attempt == OPEN_ATTEMPTS - 1:
-                raise StreamError(f"a worker could not open the stores in {OPEN_ATTEMPTS} attempts: {error}") from error
-            time.sleep(pause_before(attempt, OPEN_PAUSE_S, os.getpid()))
-    raise AssertionError("the loop returns or raises")
+    try:
+        return retried(lambda _: pickle.loads(pickled), OPEN_RETRIES, OPEN_PAUSE_S)
+    except TransientStorageError as error:
+        raise StreamError(f"a worker could not open the stores in {OPEN_RETRIES + 1} attempts: {error}") from error
 
 
 def finish(sample: Sample, patch: Vox3, scale: float = 1.0) -> None:
@@ -280,9 +279,3 @@ def identity(dataset: str, case_id: str, start: Vox3) -> int:
     """What was sampled, as a signed 64-bit digest: dataset, case and crop, by name, so that all formats agree."""
     text = f"{dataset}\0{case_id}\0{start[0]},{start[1]},{start[2]}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def pause_before(attempt: int, backoff_s: float, position: int) -> float:
-    """Seconds to wait after failed attempt 0, 1, …: doubling from backoff_s, ±25 % jitter, at most 30 s."""
-    jitter = 0.75 + 0.5 * float(uniform(_JITTER, position, attempt))
-    return min(backoff_s * 2.0**attempt * jitter, MAX_PAUSE_S)

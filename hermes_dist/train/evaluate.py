@@ -31,6 +31,7 @@ from hermes_dist.parallel.runtime import Runtime
 from hermes_dist.seg import sliding_window
 from hermes_dist.seg.metrics import ClassScore, aggregate, score_case
 from hermes_dist.shards.manifest import ManifestRow
+from hermes_dist.shards.retry import retried
 from hermes_dist.shards.store import ShardStore
 from hermes_dist.tasks import DatasetTasks, TaskClass, TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
@@ -220,8 +221,9 @@ def _score_or_explain(model: nn.Module, job: Job, case: Case) -> dict[str, Any]:
 
 def score_scan(model: nn.Module, job: Job, case: Case) -> list[ClassScore]:
     """Predict one whole scan and score each of its dataset's classes."""
-    image, stored_label = case.store.read_case(case.row)
     config = job.config
+    faults = config.stream.faults
+    image, stored_label = retried(lambda _: case.store.read_case(case.row), faults.retries, faults.backoff_s)
     asked = predict.model_fn(model, config, job.tasks, case.dataset, modality=case.row.modality)
     parts = sliding_window.slabs(asked, image, window=predict.window(config), **predict.windows(config.evaluate))
     raw_label = job.references(case.row) if job.references else None

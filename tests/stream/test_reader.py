@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hermes_dist.errors import StreamError, TransientStorageError
+from hermes_dist.shards import retry
 from hermes_dist.shards import store as store_module
 from hermes_dist.stream import reader as reader_module
 from hermes_dist.stream.prepare import build_reader
@@ -33,7 +34,7 @@ def test_a_worker_that_opens_throttled_stores_tries_again(tmp_path: Path, monkey
     reader, _ = build_reader(make_config(), [store], make_tasks())
     sent = pickle.dumps(reader)
     pauses: list[float] = []
-    monkeypatch.setattr(reader_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
     monkeypatch.setattr(store_module, "open_store", failing(3))
     rows = reader.plan.rows(0, 1)
     assert reader_module.open_pickled(sent).read(rows, 0).identity == reader.read(rows, 0).identity
