@@ -173,9 +173,11 @@ class Collator:
         return Pending(torch.from_numpy(image), label, sample.numbers or Draw(), sample.patch_start)
 
 
-def local_part(step: int, global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Positions [start, stop) of a rank in a global step: the rank-th contiguous part, parts differing by at most one."""
-    first = step * global_batch
+def local_part(first: int, global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Positions [start, stop) of a rank in the global step that begins at position `first`.
+
+    The rank-th contiguous part; parts differ by at most one.
+    """
     return first + rank * global_batch // world_size, first + (rank + 1) * global_batch // world_size
 
 

@@ -44,5 +44,5 @@ class InlineSource:
         """No workers, no object store: nothing to report."""
         return {}
 
-    def close(self) -> None:
+    def close(self, *, still_read: bool = False) -> None:
         """Nothing to release."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from hermes_dist.config import Config
-from hermes_dist.errors import ConfigError, StreamError, WaitTimeoutError
+from hermes_dist.errors import ConfigError, WaitTimeoutError
 from hermes_dist.stream.batch import Collator, StepBatch, local_part, micro_batch_count
 from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.prepare import build_reader
@@ -57,8 +57,8 @@ class Source(Protocol):
         """Values for metrics, by metric name; a counter's is its total so far."""
         ...
 
-    def close(self) -> None:
-        """Release workers and memory."""
+    def close(self, *, still_read: bool = False) -> None:
+        """Release workers and memory; `still_read`: a thread did not stop waiting for a sample."""
         ...
 
 
@@ -105,8 +105,7 @@ def open_stream(
 def local_ranges(config: Config, rank: int, world_size: int, start_step: int, shift: int = 0) -> Iterator[range]:
     """Position range of this rank in every global step that is left; `shift`: position of step s less s · global_batch."""
     for step in range(start_step, config.train.max_steps):
-        first, stop = local_part(step, config.train.global_batch, rank, world_size)
-        yield range(first + shift, stop + shift)
+        yield range(*local_part(step * config.train.global_batch + shift, config.train.global_batch, rank, world_size))
 
 
 class Stream:
@@ -161,19 +160,20 @@ class Stream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self.close()
-        except StreamError as left:
+        except Exception as left:
             # What ended the run matters more than what could not be tidied up; so does that it ended well.
+            text = f"{type(left).__name__} while the stream was closed: {left}"
             if error is None:
-                print(f"warning: {left}", file=sys.stderr, flush=True)
+                print(f"warning: {text}", file=sys.stderr, flush=True)
             else:
-                error.add_note(str(left))
+                error.add_note(text)
 
     def close(self) -> None:
         """Stop the feeder, then release workers: a sample that is under way still needs them. Safe to call twice."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=FEEDER_LIMIT_S)
-        self._source.close()
+        self._source.close(still_read=self._thread.is_alive())
         with contextlib.suppress(queue.Empty):
             while True:
                 self._ready.get_nowait()
@@ -252,7 +252,7 @@ class Stream:
         size, world = self._config.train.global_batch, self._world_size
         first = step * size + self._shift
         rows = self._reader.plan.rows(first, first + size)
-        start, stop = (bound + self._shift for bound in local_part(step, size, self._rank, world))
+        start, stop = local_part(first, size, self._rank, world)
         mine: list[Sample] = []
         for position in range(start, stop):
             self._awaited = f"the sample of position {position}"
@@ -322,7 +322,8 @@ def attribute_wait(wait_s: float, parts_s: dict[str, float], n_samples: int, at_
         The wait in proportion to the stages, but no stage more than it took; what is left is `queue`: nobody was working on
         the samples (workers starting, tasks being scheduled).
     """
-    busy_s = sum(parts_s.values()) / min(at_once, n_samples) if n_samples else 0.0
-    factor = min(wait_s / busy_s, 1.0) / min(at_once, n_samples) if busy_s > 0 else 0.0
-    shared = {cause: parts_s.get(cause, 0.0) * factor for cause in CAUSES if cause != "queue"}
+    workers = max(min(at_once, n_samples), 1)
+    busy_s = sum(parts_s.values()) / workers if n_samples else 0.0
+    factor = min(wait_s / busy_s, 1.0) if busy_s > 0 else 0.0
+    shared = {cause: parts_s.get(cause, 0.0) / workers * factor for cause in CAUSES if cause != "queue"}
     return {**shared, "queue": max(wait_s - sum(shared.values()), 0.0)}

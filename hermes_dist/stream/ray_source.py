@@ -11,6 +11,7 @@ worker processes keep their opened stores from one pipeline to the next.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import json
@@ -141,16 +142,21 @@ class RaySource:
         """Workers and object store, by metric name, on the rank that speaks for the cluster; empty until Ray has started."""
         return self._gauges.values() if self._gauges is not None else {}
 
-    def close(self) -> None:
+    def close(self, *, still_read: bool = False) -> None:
         """Stop the pipelines and leave (or end) the cluster. The iterator must be closed before: Ray stops what nobody reads.
 
+        A pipeline that is `still_read` would take the process down if Ray ended before it: then Ray is left to its reaper.
+
         Raises:
-            WaitTimeoutError: Ray did not end within CLOSE_LIMIT_S.
+            WaitTimeoutError: Ray did not end within CLOSE_LIMIT_S, or a pipeline did not stop.
         """
         if self._closed.is_set():
             return
         self._closed.set()
         self._following.cancel()
+        if still_read:
+            atexit.unregister(ray.shutdown)
+            raise WaitTimeoutError("a Ray pipeline did not stop; Ray's processes end with this one")
         ended = self._starter.submit(self._leave)
         self._starter.finish()
         try:

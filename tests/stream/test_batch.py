@@ -86,7 +86,7 @@ def test_large_label_values_take_int32() -> None:
 
 @given(batch=st.integers(1, 40), world=st.integers(1, 16), step=st.integers(0, 10**6))
 def test_parts_of_ranks_are_contiguous_and_even(batch: int, world: int, step: int) -> None:
-    parts = [local_part(step, batch, rank, world) for rank in range(world)]
+    parts = [local_part(step * batch, batch, rank, world) for rank in range(world)]
     assert parts[0][0] == step * batch
     assert parts[-1][1] == (step + 1) * batch
     assert all(a[1] == b[0] for a, b in pairwise(parts))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from hermes_dist.errors import ConfigError, QuarantineLimitError, StreamError, WaitTimeoutError
 from hermes_dist.shards.store import open_store
 from hermes_dist.stream import loader
+from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.loader import attribute_wait, open_stream
 from tests.stream.tools import make_config, real_samples, steps
 
@@ -183,3 +186,24 @@ def test_auto_moves_the_augmentation_when_the_rank_waits(store_paths: dict[str, 
     assert batches[-1].micro_batches[0].pending
     notes = [e["message"] for b in batches for e in b.events if e["kind"] == "note"]
     assert any("augment.where=auto" in n for n in notes)
+
+
+def test_a_source_is_told_of_a_feeder_that_still_waits(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that hangs: whoever closes the source must know that somebody reads it."""
+    release, told = threading.Event(), []
+
+    def stuck(self: InlineSource) -> Iterator[Any]:
+        release.wait(60)
+        yield from ()
+
+    monkeypatch.setattr(InlineSource, "__iter__", stuck)
+    monkeypatch.setattr(InlineSource, "close", lambda self, *, still_read: told.append(still_read))
+    monkeypatch.setattr(loader, "FEEDER_LIMIT_S", 0.1)
+    store = open_store(str(store_paths["zarr"]))
+    tasks = store.collection.tasks
+    with open_stream(make_config(), [store], tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
+        pass
+    release.set()
+    stream._thread.join(60)
+    stream.close()
+    assert told == [True, False]

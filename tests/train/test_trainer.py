@@ -168,10 +168,10 @@ def test_a_stream_that_cannot_be_tidied_up_costs_no_checkpoint(
 ) -> None:
     config = run_config(tmp_path, every_steps=0)
 
-    def fails(self: InlineSource) -> None:
+    def fails(self: InlineSource, *, still_read: bool) -> None:
         assert [s.step for s in list_checkpoints(config.run_dir)] == [3], "the checkpoint is complete before"
         raise WaitTimeoutError("Ray did not end within 60 s")
 
     monkeypatch.setattr(InlineSource, "close", fails)
     assert train(config, runtime).step == 3
-    assert "warning: Ray did not end" in capsys.readouterr().err
+    assert "warning: WaitTimeoutError while the stream was closed: Ray did not end" in capsys.readouterr().err
