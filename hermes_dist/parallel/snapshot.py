@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hermes_dist.config import differences
 from hermes_dist.errors import CheckpointError
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.fragments import Fragment, FragmentReader
@@ -99,18 +100,10 @@ HARMLESS = ("run", "stream", "monitor", "checkpoint", "evaluate")
 """Sections that do not change what a step computes."""
 
 
-def changed_settings(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`section.key: old → new` for each setting of a resolved configuration that can change the curve. Empty without `before`."""
-    changes: list[str] = []
-    for key in sorted(before.keys() | now.keys()) if before else ():
-        old, new = before.get(key), now.get(key)
-        if (not prefix and key in HARMLESS) or old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += changed_settings(old, new, f"{prefix}{key}.")
-        else:
-            changes.append(f"{prefix}{key}: {json.dumps(old)} → {json.dumps(new)}")
-    return changes
+    found = differences(before, now) if before else ()
+    return [f"{key}: {json.dumps(old)} → {json.dumps(new)}" for key, old, new in found if key.split(".")[0] not in HARMLESS]
 
 
 def restore_snapshot(engine: Engine, reader: FragmentReader, common: dict[str, Any], where: str) -> None:

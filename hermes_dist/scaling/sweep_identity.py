@@ -7,11 +7,10 @@ sweep refuses to go on with them, and rows of the results table are made from th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from hermes_dist.config import Config, load_config
+from hermes_dist.config import Config, differences, load_config
 from hermes_dist.errors import ConfigError
 from hermes_dist.scaling.sweep import Member, SweepConfig
 
@@ -51,15 +50,14 @@ def check_unchanged(members: Iterable[Member]) -> None:
         used = stored_config(member)
         if used is None:
             continue
-        old, new = _flat(used), _flat(member.config())
-        different = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        different = [key for key in different if not key.startswith(NO_MATTER)]
+        found = differences(used.model_dump(mode="json"), member.config().model_dump(mode="json"))
+        different = [(key, old, new) for key, old, new in found if not key.startswith(NO_MATTER)]
         if different:
-            key, more = different[0], f" ({len(different) - 1} more keys differ)" if len(different) > 1 else ""
+            key, old, new = different[0]
+            more = f" ({len(different) - 1} more keys differ)" if len(different) > 1 else ""
             raise ConfigError(
-                f"{member.run_dir} was run with {key} = {old.get(key, 'absent')!r} and the sweep now says "
-                f"{new.get(key, 'absent')!r}{more}: its results belong to another sweep. Give this sweep another name, set "
-                f"{key} back, or delete {member.run_dir}"
+                f"{member.run_dir} was run with {key} = {old!r} and the sweep now says {new!r}{more}: its results belong to "
+                f"another sweep. Give this sweep another name, set {key} back, or delete {member.run_dir}"
             )
 
 
@@ -77,15 +75,3 @@ def _answers(path: Path, member: Member, sweep: SweepConfig) -> bool:
     found = json.loads(path.read_text())
     # Files without `requested` state what was measured, whole batches: it is the request where that is a multiple.
     return found.get("requested", found.get("samples")) == held_out.samples
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    return dict(_leaves(config.model_dump(mode="json"), ""))
-
-
-def _leaves(data: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

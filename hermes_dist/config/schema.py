@@ -7,14 +7,10 @@ lists; the resolved configuration, complete, lies beside the run as `config.json
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
-
-from hermes_dist.errors import ConfigError, nearest
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 Vox3 = tuple[int, int, int]
 Precision = Literal["fp32", "bf16"]
@@ -36,14 +32,16 @@ class RunConfig(Section):
     output_dir: str = "runs"
     """Folder that holds the run directories."""
     resume: str = "auto"
-    """`auto` = go on from the newest complete checkpoint, if any; `never` = start anew (new folder); or a checkpoint's path."""
+    """`auto` = go on from the newest complete checkpoint if there is one; `never` = start anew (in a new run directory);
+    or a checkpoint's path."""
 
 
 class MixtureConfig(Section):
     alpha: float = Field(default=0.5, ge=0, le=1)
     """Share of a dataset ∝ (cases)^alpha: 1 = every case equally often, 0 = every dataset equally often."""
     weights: dict[str, float] | Literal["hermes"] | None = None
-    """Relative share per dataset instead of alpha (others: none); `hermes` = published weights per volume × volumes here."""
+    """Explicit relative share per dataset name (replaces alpha; a dataset that is not named gets none); `hermes` = the
+    published weights per volume, times the volumes that each dataset has here."""
     block: int = Field(default=256, ge=1)
     """Positions per block; within each block the shares are met exactly (by largest remainder)."""
 
@@ -153,7 +151,8 @@ class PriorsConfig(Section):
     length: int = Field(default=10, ge=1)
     """Tokens per modality, l of the paper."""
     init_scale: float = Field(default=1.0, gt=0)
-    """Initial task and null tokens, over the published size; larger ones help small models (docs/results/models.md)."""
+    """Initial task and null tokens are this many times as large as published. Larger ones help small models: with the published
+    size all tasks of a dataset share one mask for hundreds of steps (docs/results/models.md)."""
     padding: Literal["masked", "attended"] | None = None
     """Padding columns: masked (a sample depends on itself alone), or one learned null token attended to, as published."""
 
@@ -268,7 +267,8 @@ class EvaluateConfig(Section):
     window_batch: int = Field(default=1, ge=1)
     """Windows per forward pass."""
     empty_reference: Literal["count", "nnunet", "skip"] = "count"
-    """Class absent from a reference: `count` = 1 if not predicted, else 0; `nnunet` = left out / 0; `skip` = out (published)."""
+    """A class absent from a reference: `count` = Dice 1 if the prediction is empty too, else 0; `nnunet` = left out / 0;
+    `skip` = Hermes as published (left out, so false positives are free)."""
     nsd_tolerance_mm: float = Field(default=2.0, gt=0)
     """Tolerance of the normalised surface Dice."""
     bootstrap: int = Field(default=1000, ge=0)
@@ -328,73 +328,3 @@ READINGS: dict[str, dict[str, Any]] = {
     },
 }
 """What each reading of Hermes sets where the user did not (facts: the paper's text against the released code)."""
-
-
-def find_config(name: str, config_dir: Path) -> Path:
-    """`--config NAME`: a path as given, else in `config_dir`. Raises ConfigError naming both places."""
-    for path in (Path(name), config_dir / name, config_dir / f"{name}.json"):
-        if path.is_file():
-            return path
-    known = sorted(p.name for p in config_dir.glob("*.json"))
-    raise ConfigError(f"no configuration {name!r}: looked for {Path(name)} and {config_dir / name}.{nearest(name, known)}")
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a JSON file, apply `section.key=JSON-or-text` overrides, `validate` and `resolve`. Raises ConfigError."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file: {error}") from None
-    data.pop("$schema", None)  # tells editors where configs/schema.json is
-    for override in overrides:
-        set_dotted(data, override)
-    return resolve(validate(data, source=str(path)))
-
-
-def validate(data: dict[str, Any], source: str = "config") -> Config:
-    """Parse a plain dict. Raises ConfigError with one line per wrong key."""
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        lines = [_explain(e["loc"], e["type"], e["msg"].removeprefix("Value error, "), e["input"]) for e in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
-
-
-def resolve(config: Config) -> Config:
-    """Fill every field left at None from the preset of `model.reading`."""
-    data = config.model_dump()
-    for dotted, value in READINGS[config.model.reading].items():
-        section = data
-        *parents, leaf = dotted.split(".")
-        for parent in parents:
-            section = section[parent]
-        if section[leaf] is None:
-            section[leaf] = value
-    return Config.model_validate(data)
-
-
-def set_dotted(data: dict[str, Any], override: str) -> None:
-    """Apply one `section.key=JSON-or-text` to a plain dict in place. Raises ConfigError if it has another form."""
-    key, sign, text = override.partition("=")
-    if not sign or not key:
-        raise ConfigError(f"override {override!r}: expected section.key=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-    data[leaf] = value
-
-
-def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    dotted = ".".join(str(part) for part in location)
-    if kind != "extra_forbidden":
-        return f"{dotted} = {value!r}: {message[0].lower()}{message[1:]}"
-    section: Any = Config
-    for part in location[:-1]:
-        section = section.model_fields[part].annotation
-    return f"unknown key {dotted!r}.{nearest(str(location[-1]), list(section.model_fields))}"
