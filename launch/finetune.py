@@ -13,9 +13,7 @@ from pathlib import Path
 
 from hermes_dist.errors import exit_on_error
 from hermes_dist.parallel import runtime
-from hermes_dist.train import transfer
 from hermes_dist.train.finetune import finetune_config
-from hermes_dist.train.run_directory import open_stores
 from hermes_dist.train.trainer import train
 
 
@@ -30,7 +28,6 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     with exit_on_error():
         config = finetune_config(args.source, args.mode, stores=args.stores, name=args.name, overrides=args.overrides)
-        transfer.check_preprocessing(args.source, open_stores(config)[2].model_dump(mode="json"))
         session = runtime.start(config)
         try:
             result = train(config, session)

@@ -118,7 +118,7 @@ class _Norm(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, invstd = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            rows = rows_of(g).to(x.dtype).clone(memory_format=torch.contiguous_format)
+            rows = rows_of(g).to(x.dtype, copy=True, memory_format=torch.contiguous_format)
             gx = nr_backward(rows, rows_of(x), Statistics(mean, invstd), relu=ctx.relu)
         return map_of(gx, x), None, None
 

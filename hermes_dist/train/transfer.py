@@ -102,12 +102,15 @@ def check_preprocessing(source: Path, preprocessing: dict[str, Any]) -> None:
         preprocessing: of the stores, as JSON.
 
     Raises:
-        ConfigError: names the settings that differ.
+        ConfigError: names the settings that differ, or the file that cannot be read.
     """
     path = (source if source.is_dir() else source.parent) / "preprocessing.json"
     if not path.is_file():
         return
-    trained = json.loads(path.read_text())
+    try:
+        trained = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({type(error).__name__}); convert or import that run again") from None
     different = [key for key in trained if key != "image_dtype" and trained[key] != preprocessing.get(key)]
     if different:
         settings = ", ".join(f"{key} = {preprocessing.get(key)} (trained with {trained[key]})" for key in different)

@@ -65,6 +65,9 @@ def test_bad_use(tmp_path):
     with pytest.raises(ConfigError, match=r"spacing_mm_zyx = \[2.0, 2.0, 2.0\] \(trained with"):
         check_preprocessing(run, other)
     check_preprocessing(run, Preprocessing(image_dtype="float16").model_dump(mode="json"))  # how it is stored says nothing
+    (run / "preprocessing.json").write_text("{")
+    with pytest.raises(ConfigError, match="preprocessing.json cannot be read"):
+        check_preprocessing(run, other)
 
 
 def test_all_weights_after_only_new_ones(tmp_path):
