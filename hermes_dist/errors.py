@@ -27,12 +27,15 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
 
 
 class HermesError(Exception):
     """Base of all errors whose message is meant for a person rather than for a traceback."""
 
     exit_code = 1
+    events: Sequence[dict[str, Any]] = ()
+    """What had happened before and is not in stream.jsonl yet: attempts, substitutions."""
 
 
 class UsageError(HermesError):

@@ -84,8 +84,8 @@ class StreamConfig(Section):
     """`ray` = Ray Data workers; `inline` = the same samples read in the training process (debugging)."""
     workers: int = Field(default=1, ge=0)
     """Ray workers per rank."""
-    max_workers: int | None = None
-    """Upper bound of autoscaling workers per rank (default: `workers`)."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Upper bound of autoscaling workers per rank (default: `workers`): more while the rank waits for samples, else fewer."""
     prefetch: int = Field(default=4, ge=1)
     """Samples per rank that may be ready in advance."""
     ray_address: str = "local"
@@ -100,6 +100,14 @@ class StreamConfig(Section):
     """Folder of that cache; needs `cache_mib`."""
     faults: FaultsConfig = FaultsConfig()
     """Retries, quarantine and fault injection."""
+
+    @field_validator("max_workers")
+    @classmethod
+    def _ordered_workers(cls, most: int | None, info: Any) -> int | None:
+        least = info.data.get("workers", 0)
+        if most is not None and most < least:
+            raise ValueError(f"stream.max_workers bounds stream.workers={least} from above; expected at least {least}")
+        return most
 
     @field_validator("cache_dir")
     @classmethod

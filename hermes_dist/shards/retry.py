@@ -25,6 +25,7 @@ def retried(
     *,
     jitter: Callable[[int], float] | None = None,
     on_retry: Callable[[TransientStorageError, int, float], None] | None = None,
+    limit_s: float = float("inf"),
 ) -> T:
     """`call(attempt)` for attempts 0, 1, … until it works.
 
@@ -34,15 +35,19 @@ def retried(
         backoff_s: first pause.
         jitter: attempt → [0, 1); random where nothing depends on it.
         on_retry: told of the error, the attempt (from 1) and the pause before each further one.
+        limit_s: no attempt begins later than this after the first: storage that hangs makes each one long.
 
     Raises:
         TransientStorageError: of the last attempt.
     """
+    began = time.monotonic()
     for attempt in range(retries):
         try:
             return call(attempt)
         except TransientStorageError as error:
             pause_s = pause_before(attempt, backoff_s, jitter(attempt) if jitter else random.random())
+            if time.monotonic() + pause_s - began > limit_s:
+                raise
             if on_retry:
                 on_retry(error, attempt + 1, pause_s)
             time.sleep(pause_s)

@@ -36,6 +36,10 @@ class InlineSource:
         """From here on leave the augmentation to the training device."""
         self._reader.augment_here = False
 
+    def scale(self, wait_share: float) -> str | None:
+        """This process is all there is."""
+        del wait_share
+
     def waits_for(self) -> str:
         """What a wait for the next sample is a wait for."""
         return "this process to read it"

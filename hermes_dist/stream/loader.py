@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from hermes_dist.config import Config
-from hermes_dist.errors import ConfigError, WaitTimeoutError
+from hermes_dist.errors import ConfigError, HermesError, WaitTimeoutError
 from hermes_dist.stream.batch import Collator, StepBatch, local_part, micro_batch_count
 from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.prepare import build_reader
@@ -33,9 +33,10 @@ from hermes_dist.telemetry.telemetry import Telemetry
 
 POLL_S = 0.5
 FEEDER_LIMIT_S = 15.0
-AUTO_STEPS = 50
+JUDGED_STEPS = 50
+"""How many steps' waiting decides about the number of workers, and (`augment.where = auto`) once about the augmentation."""
 AUTO_SHARE = 0.05
-"""`augment.where = auto`: after so many steps, a larger share of waiting moves the augmentation to the training device."""
+"""`augment.where = auto`: a larger share of waiting moves the augmentation to the training device."""
 CAUSES = ("storage", "decode", "augment", "transfer", "queue")
 IO_COUNTERS = dict(zip(IO, ("hermes_read_bytes_total", "hermes_cache_hits_total", "hermes_cache_misses_total"), strict=True))
 
@@ -47,6 +48,10 @@ class Source(Protocol):
 
     def augment_on_device(self) -> None:
         """Leave the augmentation of samples that are not yet under way to the training device."""
+        ...
+
+    def scale(self, wait_share: float) -> str | None:
+        """Adapt the number of workers to the share of the last steps' time spent waiting; says what was changed."""
         ...
 
     def waits_for(self) -> str:
@@ -140,7 +145,10 @@ class Stream:
         self._telemetry: Telemetry | None = None
         self._notes: list[dict[str, Any]] = []
         self._totals: dict[str, float] = {}
-        self._judged, self._judge_wait_s, self._judge_from = 0, 0.0, 0.0
+        self._gathered: list[Sample] = []
+        self._judged: list[tuple[float, float]] = []
+        self._judge_from: float | None = None
+        self._place_open = config.augment.where == "auto"
 
     def start(self, notes: list[dict[str, Any]], telemetry: Telemetry | None) -> None:
         """Begin to read; `notes` become events of the first step."""
@@ -190,25 +198,27 @@ class Stream:
             batch.events = self.quarantine.settle(batch.events, [batch.unreadable], 0)
         batch.events = self._notes + batch.events
         self._notes = []
-        self._decide_place(wait_s)
+        self._judge(wait_s)
         self._step = batch.step + 1
         self._report(item)
         return batch
 
-    def _decide_place(self, wait_s: float) -> None:
-        """`augment.where = auto`: once, after AUTO_STEPS warm steps, by the share of time spent waiting."""
-        if self._config.augment.where != "auto" or self._judged > AUTO_STEPS:
+    def _judge(self, wait_s: float) -> None:
+        """Every JUDGED_STEPS warm steps: more or fewer workers, and whether the augmentation moves (`augment.where = auto`)."""
+        now = time.perf_counter()
+        if self._judge_from is not None:  # the first step waits for workers to start: it says nothing
+            self._judged.append((wait_s, now - self._judge_from))
+        self._judge_from = now
+        if len(self._judged) < JUDGED_STEPS:
             return
-        self._judged += 1
-        if self._judged == 1:  # the first step waits for workers to start: it says nothing
-            self._judge_from = time.perf_counter()
-            return
-        self._judge_wait_s += wait_s
-        share = self._judge_wait_s / max(time.perf_counter() - self._judge_from, 1e-9)
-        if self._judged > AUTO_STEPS and share > AUTO_SHARE and torch.cuda.is_available():
+        share = wait_share(self._judged)
+        self._judged = []
+        notes = [self._source.scale(share)]
+        if self._place_open and share > AUTO_SHARE and torch.cuda.is_available():
             self._source.augment_on_device()
-            message = f"augment.where=auto: {share:.0%} of {AUTO_STEPS} steps was waiting for samples; augmenting on the device"
-            self._notes.append({"kind": "note", "message": message})
+            notes.append(f"augment.where=auto: {share:.0%} of {JUDGED_STEPS} steps was waiting; augmenting on the device")
+        self._place_open = False
+        self._notes += [{"kind": "note", "message": note} for note in notes if note]
 
     def _wait(self) -> _Ready:
         limit_s, began = self._config.stream.wait_limit_s, time.monotonic()
@@ -238,6 +248,8 @@ class Stream:
                     if item is None or not self._put(item):
                         return
         except BaseException as error:  # a thread must not die silently: the loop raises what it is given
+            if isinstance(error, HermesError):
+                error.events = [*(e for sample in self._gathered for e in sample.events), *error.events]
             self._put(error)
 
     def _put(self, item: _Ready | BaseException) -> bool:
@@ -253,7 +265,7 @@ class Stream:
         first = step * size + self._shift
         rows = self._reader.plan.rows(first, first + size)
         start, stop = local_part(first, size, self._rank, world)
-        mine: list[Sample] = []
+        mine = self._gathered = list[Sample]()
         for position in range(start, stop):
             self._awaited = f"the sample of position {position}"
             sample = next(samples, None)
@@ -307,6 +319,18 @@ class _Ready:
 
     def __init__(self, batch: StepBatch, parts_s: dict[str, float], io: dict[str, int]) -> None:
         self.batch, self.parts_s, self.io = batch, parts_s, io
+
+
+def wait_share(steps: Sequence[tuple[float, float]]) -> float:
+    """Share of the steps' time spent waiting for samples.
+
+    Args:
+        steps: (seconds waited, seconds from one step's samples to the next one's). A step that an evaluation or a checkpoint made
+            longer counts as an ordinary one: the samples that were read meanwhile cost nobody a wait.
+    """
+    typical_s = float(np.median([took - waited for waited, took in steps]))
+    waited_s = sum(waited for waited, _ in steps)
+    return waited_s / max(waited_s + typical_s * len(steps), 1e-9)
 
 
 def attribute_wait(wait_s: float, parts_s: dict[str, float], n_samples: int, at_once: int = 1) -> dict[str, float]:

@@ -43,6 +43,8 @@ def build_reader(config: Config, stores: Sequence[Store], tasks: TaskTable) -> t
         data=config.data,
         augmentation=config.augment,
         faults=config.stream.faults,
+        # The last attempt still has time to end before whoever waits for the sample gives up and can only say that it waited.
+        retry_limit_s=config.stream.wait_limit_s / 2,
     )
     notes: list[dict[str, Any]] = []
     for group in plan.groups:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import stat
 import subprocess
 import tempfile
 import threading
@@ -116,11 +117,25 @@ def local_place(rank: int, world_size: int) -> tuple[int, int]:
 
 
 def rendezvous_path() -> Path:
-    """File by which the ranks of a host find their cluster: unique for user, launcher process and master port."""
+    """File by which the ranks of a host find their cluster: unique for user, launcher process and master port.
+
+    It lies in a folder of this user alone: whoever could write it could make the ranks run code from a cluster of his own.
+
+    Raises:
+        ConfigError: the folder is there, and is not this user's alone.
+    """
+    folder = Path(tempfile.gettempdir()) / f"hermes-ray-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"{folder} must be a folder that only user {os.getuid()} may use (owner {found.st_uid}, mode "
+            f"{stat.filemode(found.st_mode)}); remove it, or set TMPDIR to a folder of your own"
+        )
     parent = psutil.Process().parent()
     launcher = f"{parent.pid}-{int(parent.create_time())}" if parent else "0"
     port = os.environ.get("MASTER_PORT", "0")
-    return Path(tempfile.gettempdir()) / f"hermes-ray-{os.getuid()}-{launcher}-{port}.json"
+    return folder / f"{launcher}-{port}.json"
 
 
 def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
@@ -133,6 +148,7 @@ def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
         "logging_level": logging.ERROR,
         "object_store_memory": (config.object_store_mib << 20) * local_world_size,
         "_temp_dir": str(home),
+        "_node_ip_address": "127.0.0.1",  # nobody on the network can reach a cluster that runs whatever it is sent
         "_system_config": dict(PATIENT),
     }
     os.environ[ray_reaper.MARK] = str(home)  # inherited by all processes of the cluster

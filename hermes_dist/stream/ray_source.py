@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import json
 import pickle
 import shutil
 import tempfile
@@ -22,7 +21,6 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -30,27 +28,30 @@ import numpy as np
 import ray
 from ray.data import DataContext, Datasource, ReadTask, read_datasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.data.block import Block, BlockMetadata
 from ray.exceptions import RayError
 
-from hermes_dist import errors
 from hermes_dist.config import StreamConfig
 from hermes_dist.errors import HermesError, StreamError, WaitTimeoutError
 from hermes_dist.stream.inline_source import read_run
+from hermes_dist.stream.ray_blocks import decode_block, encode_block, encode_error
 from hermes_dist.stream.ray_cluster import Cluster, local_place, quiet_ray
 from hermes_dist.stream.ray_gauges import ClusterGauges
 from hermes_dist.stream.reader import Reader, Sample, open_pickled
 from hermes_dist.stream.starter import Starter
-from hermes_dist.volume.augment import Draw
+from hermes_dist.volume import augment
 
 TASK_BYTES = 64 << 20
 MIN_ROWS_PER_TASK, MAX_ROWS_PER_TASK = 4, 16
 """Samples per Ray task: they share the cost of scheduling one (about 10 ms of the driver's CPU), and are read again together."""
 FIRST_SEGMENT_ROWS = 256
-SEGMENT_ROWS = 2048
-"""Samples per pipeline. Starting one costs about a millisecond a task, so that the first one is short."""
+SEGMENT_ROWS, SCALING_SEGMENT_ROWS = 2048, 512
+"""Samples per pipeline, and per pipeline where the number of workers may change from one to the next. Starting one costs about a
+millisecond a task, so that the first one is short."""
 
 CLOSE_LIMIT_S = 60.0
+SCARCE, PLENTY = 0.05, 0.005
+"""Shares of the steps' time spent waiting for samples: above the first more workers help, below the second fewer do."""
 HUNGRY_PAUSE_S, SATED_PAUSE_S = 0.01, 0.03
 
 READ_WHILE_STARTING = True
@@ -79,9 +80,9 @@ class RaySource:
         self._first = next(parts, range(0))
         self._positions = (p for part in parts for p in part)
         self._place = local_place(rank, world_size)
-        self._workers = max(config.workers, config.max_workers or 0)
-        self._sample_bytes = int(np.prod(reader.patch)) * 6
-        self._task_rows = min(max(TASK_BYTES // self._sample_bytes, MIN_ROWS_PER_TASK), MAX_ROWS_PER_TASK)
+        self._workers = config.workers
+        self._most_workers = max(config.workers, config.max_workers or 0)
+        self._expect_samples(reader.augment_here)
         self._kill_dir = tempfile.mkdtemp(prefix="hermes-chaos-") if config.faults.chaos.get("kill") else None
         # One rank speaks for a cluster: the first of the host, or of the run where the cluster is not ours.
         self._speaks = self._place[0] == 0 if config.ray_address == "local" else rank == 0
@@ -95,6 +96,12 @@ class RaySource:
         self._started = self._starter.submit(self._start)
         self._following: Future[Pipeline | None] = Future()
 
+    def _expect_samples(self, augmented: bool) -> None:
+        """Set the size of a sample, and how many make a task: what is augmented later is sent as a larger box."""
+        vox = np.prod(self._reader.patch) if augmented else augment.largest_box_vox(self._reader.augmentation, self._reader.patch)
+        self._sample_bytes = int(vox) * 6
+        self._task_rows = min(max(TASK_BYTES // self._sample_bytes, MIN_ROWS_PER_TASK), MAX_ROWS_PER_TASK)
+
     def __iter__(self) -> Generator[Sample]:
         yield from read_run(self._reader, self._first)
         try:
@@ -103,21 +110,25 @@ class RaySource:
             raise StreamError(f"Ray failed: {error}; see its logs, or set stream.backend=inline") from error
 
     def _from_workers(self) -> Generator[Sample]:
-        early = 4 * self._task_rows * self._workers
         here: list[int] = []
         if READ_WHILE_STARTING:
             while not self._started.done() and (position := next(self._positions, None)) is not None:
                 yield self._read(position)
-            here = list(islice(self._positions, max(early, self._config.prefetch)))
+            here = list(islice(self._positions, max(self._early(), self._config.prefetch)))
         self._started.result()
         self._following = self._starter.submit(self._open, FIRST_SEGMENT_ROWS)
         yield from map(self._read, here)  # while the first pipeline starts
         while (current := self._following.result()) is not None:
             with contextlib.closing(current):
                 samples = iter(current)
-                yield from islice(samples, current.rows - min(current.rows // 2, early))
-                self._following = self._starter.submit(self._open, SEGMENT_ROWS)
+                yield from islice(samples, current.rows - min(current.rows // 2, self._early()))
+                fixed = self._most_workers == self._config.workers
+                self._following = self._starter.submit(self._open, SEGMENT_ROWS if fixed else SCALING_SEGMENT_ROWS)
                 yield from samples
+
+    def _early(self) -> int:
+        """Samples that are read while a pipeline starts."""
+        return 4 * self._task_rows * self._workers
 
     def _read(self, position: int) -> Sample:
         """One sample, read in this process."""
@@ -126,9 +137,21 @@ class RaySource:
     def augment_on_device(self) -> None:
         """From the next pipeline on leave the augmentation to the training device."""
         self._reader.augment_here = False
+        self._expect_samples(augmented=False)
         with self._lock:
             if self._cluster is not None:
                 self._reader_ref = self._send_reader()
+
+    def scale(self, wait_share: float) -> str | None:
+        """From the next pipeline on use more workers while the rank waits, fewer while it never does; says so if that changes.
+
+        The bounds are `stream.workers` and `stream.max_workers`.
+        """
+        before = self._workers
+        self._workers = wanted_workers(before, self._config.workers, self._most_workers, wait_share)
+        if self._workers == before:
+            return None
+        return f"{wait_share:.1%} of the last steps was waiting for samples: {self._workers} workers instead of {before}"
 
     def waits_for(self) -> str:
         """What a wait for the next sample is a wait for, in words."""
@@ -327,6 +350,13 @@ def _reader(ref: Any) -> Reader:
     return _readers[key]
 
 
+def wanted_workers(now: int, least: int, most: int, wait_share: float) -> int:
+    """Half as many more where the rank waits for more than SCARCE of its time, one less where it waits for less than PLENTY."""
+    if wait_share > SCARCE:
+        return min(-(-now * 3 // 2), most)
+    return max(now - 1, least) if wait_share < PLENTY else now
+
+
 def _runs(positions: list[int], longest: int) -> Iterator[range]:
     """Cut positions into runs of consecutive ones, at most so long."""
     start = 0
@@ -334,57 +364,3 @@ def _runs(positions: list[int], longest: int) -> Iterator[range]:
         if i == len(positions) or i - start == longest or positions[i] != positions[i - 1] + 1:
             yield range(positions[start], positions[i - 1] + 1)
             start = i
-
-
-def encode_block(sample: Sample) -> Block:
-    """One sample as a block of one row: two byte columns and a JSON header."""
-    numbers = None if sample.numbers is None else asdict(sample.numbers)
-    if numbers is not None and sample.numbers is not None and sample.numbers.affine is not None:
-        numbers["affine"] = sample.numbers.affine.tolist()
-    header = {
-        "position": sample.position,
-        "dataset": sample.dataset,
-        "case": sample.case,
-        "identity": sample.identity,
-        "shape": sample.image.shape,
-        "label_dtype": sample.label.dtype.str,
-        "numbers": numbers,
-        "patch_start": sample.patch_start,
-        "parts_s": sample.parts_s,
-        "io": sample.io,
-        "events": sample.events,
-    }
-    return _block(header, sample.image, sample.label)
-
-
-def encode_error(error: HermesError) -> Block:
-    """An error as a block of one row."""
-    return _block({"error": type(error).__name__, "message": str(error)}, np.zeros(1, np.float32), np.zeros(1, np.uint8))
-
-
-def decode_block(block: dict[str, Any]) -> Iterator[Sample]:
-    """Samples of a block, as views of the object store. Raises the error that a worker sent instead."""
-    for text, image, label in zip(block["header"], block["image"], block["label"], strict=True):
-        header = json.loads(str(text))
-        if "error" in header:
-            raise getattr(errors, header["error"], StreamError)(header["message"])
-        shape, numbers = tuple(header.pop("shape")), header.pop("numbers")
-        if numbers is not None:
-            affine = numbers.pop("affine")
-            numbers = Draw(affine=None if affine is None else np.asarray(affine), **numbers)
-        header["patch_start"] = tuple(header["patch_start"])
-        yield Sample(
-            image=np.ascontiguousarray(image).view(np.float32).reshape(shape),
-            label=np.ascontiguousarray(label).view(np.dtype(header.pop("label_dtype"))).reshape(shape),
-            numbers=numbers,
-            **header,
-        )
-
-
-def _block(header: dict[str, Any], image: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> Block:
-    columns = {
-        "header": np.asarray([json.dumps(header)]),
-        "image": np.ascontiguousarray(image).reshape(-1).view(np.uint8)[None],
-        "label": np.ascontiguousarray(label).reshape(-1).view(np.uint8)[None],
-    }
-    return BlockAccessor.batch_to_block(columns)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hermes_dist.config import AugmentConfig, DataConfig, FaultsConfig, Vox3
-from hermes_dist.errors import DataError, QuarantineLimitError, StreamError, TransientStorageError
+from hermes_dist.errors import DataError, HermesError, QuarantineLimitError, StreamError, TransientStorageError
 from hermes_dist.shards.retry import retried
 from hermes_dist.stream.chaos import Chaos
 from hermes_dist.stream.crop import choose_start
@@ -101,6 +101,7 @@ class Reader:
         data: patch and split.
         augmentation: ranges and place.
         faults: retries, cap, fault injection.
+        retry_limit_s: no further attempt at failing storage begins later than this after a sample's first one.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Reader:
         data: DataConfig,
         augmentation: AugmentConfig,
         faults: FaultsConfig,
+        retry_limit_s: float = float("inf"),
     ) -> None:
         self.plan = plan
         self.stores = tuple(stores)
@@ -121,6 +123,7 @@ class Reader:
         self.augment_here = augmentation.where != "device"
         """Apply the augmentation where the sample is read; otherwise it is left to the training device."""
         self.faults = faults
+        self._retry_limit_s = retry_limit_s
         self.chaos = Chaos(faults.chaos, plan.seed)
         self._first = np.cumsum([0] + [len(s.manifest) for s in stores])
 
@@ -130,14 +133,24 @@ class Reader:
         Raises:
             QuarantineLimitError: more cases in a row were unreadable than may be quarantined.
             StreamError: storage kept failing after all attempts.
+            HermesError: any other error of the stores; its `events` say what had happened to this sample before.
         """
+        events: list[dict[str, Any]] = []
+        try:
+            return self._read_or_replace(rows, index, events)
+        except HermesError as error:
+            error.events = events
+            raise
+
+    def _read_or_replace(self, rows: PlanRows, index: int, events: list[dict[str, Any]]) -> Sample:
+        begin = time.perf_counter()
         group, draw, position = int(rows.group[index]), int(rows.draw[index]), int(rows.position[index])
-        case, tried, events = int(rows.case[index]), dict[int, str](), list[dict[str, Any]]()
+        case, tried = int(rows.case[index]), dict[int, str]()
         self.chaos.before_sample(position)
         attempt = 0
         while True:
             try:
-                sample = self._read_with_retries(rows, index, case, events)
+                sample = self._read_with_retries(rows, index, case, events, begin)
                 sample.events = events
                 return sample
             except DataError as error:
@@ -152,11 +165,14 @@ class Reader:
                     case = self.plan.substitute(group, draw, attempt)
                 events.append(self._event("substitution", position, broken, error=str(error), substitute=self._name(case)[1]))
 
-    def _read_with_retries(self, rows: PlanRows, index: int, case: int, events: list[dict[str, Any]]) -> Sample:
+    def _read_with_retries(self, rows: PlanRows, index: int, case: int, events: list[dict[str, Any]], begin: float) -> Sample:
         """One case, manifest and voxels. Raises DataError at once, StreamError after the last attempt at failing storage."""
-        position, begin = int(rows.position[index]), time.perf_counter()
+        position = int(rows.position[index])
+        attempts = 1
 
         def note(error: TransientStorageError, attempt: int, pause_s: float) -> None:
+            nonlocal attempts
+            attempts += 1
             events.append(self._event("retry", position, case, error=str(error), attempt=attempt, pause_s=pause_s))
 
         try:
@@ -166,15 +182,17 @@ class Reader:
                 self.faults.backoff_s,
                 jitter=lambda attempt: float(uniform(_JITTER, position, attempt)),
                 on_retry=note,
+                limit_s=self._retry_limit_s,
             )
         except TransientStorageError as error:
+            knob = "faults.retries" if attempts > self.faults.retries else "wait_limit_s, which bounds the attempts"
             raise StreamError(
-                f"{self.case_name(case)}: storage failed {self.faults.retries + 1} times: {error}; "
-                "check the storage, or raise stream.faults.retries"
+                f"{self.case_name(case)}: storage failed {attempts} times in {time.perf_counter() - begin:.0f} s: {error}; "
+                f"check the storage, or raise stream.{knob}"
             ) from error
 
     def _read_case(self, rows: PlanRows, index: int, case: int, attempt: int, begin: float) -> Sample:
-        """One attempt; `begin` = when the first one began, so that failed ones count as waits for storage."""
+        """One attempt; `begin` = when the sample's first one began: failed ones, of replaced cases too, are waits for storage."""
         store, row = self.locate(case)
         entry = store.manifest.row(row)
         dataset, position = int(rows.dataset[index]), int(rows.position[index])

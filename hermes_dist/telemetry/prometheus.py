@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIServer
@@ -30,6 +30,8 @@ from prometheus_client import (
     push_to_gateway,
     start_http_server,
 )
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from hermes_dist.errors import nearest
 from hermes_dist.telemetry.metrics import METRICS, RUN_LABELS
@@ -45,6 +47,8 @@ class Meters:
 
     def __init__(self, run_name: str, rank: int) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
+        self._late = _Late()
+        self.registry.register(self._late)  # the first one: it is asked before all others
         self._fixed = (run_name, str(rank))
         self._families: dict[str, Counter | Gauge | Histogram] = {}
         for metric in METRICS.values():
@@ -70,9 +74,25 @@ class Meters:
             self._series[key] = series
         return series
 
+    def before_scrape(self, function: Callable[[], None]) -> None:
+        """Call a function before the series are read, for what is dearer than a step should pay. It must be thread-safe."""
+        self._late.functions.append(function)
+
     def watch(self, name: str, function: Callable[[], float], labels: dict[str, str]) -> None:
         """A gauge that is asked for its value when somebody scrapes."""
         self.series(name, labels).set_function(function)
+
+
+class _Late(Collector):
+    """No metrics of its own: brings the others up to date."""
+
+    def __init__(self) -> None:
+        self.functions: list[Callable[[], None]] = []
+
+    def collect(self) -> Iterable[Metric]:
+        for function in self.functions:
+            function()
+        return ()
 
 
 class Endpoint:

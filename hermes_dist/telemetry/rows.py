@@ -18,7 +18,9 @@ A row may hold anything; the keys below also reach Prometheus and TensorBoard. A
 from __future__ import annotations
 
 import math
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,6 +40,8 @@ COUNTERS = {
     "flops": "hermes_flops_total",
 }
 PAIRS = {"task_pairs": "hermes_pairs_total", "task_foreground": "hermes_foreground_pairs_total"}
+COUNTS = {"dataset_samples": "hermes_dataset_samples_total", **PAIRS}
+LOSSES_OF = {"dataset_loss": "hermes_dataset_loss", "task_loss": "hermes_task_loss"}
 SCORES = {
     "dice": ("hermes_dice_ratio", 1.0),
     "nsd": ("hermes_nsd_ratio", 1.0),
@@ -46,7 +50,7 @@ SCORES = {
 
 
 def record(row: Mapping[str, Any], meters: Meters) -> None:
-    """Put one step's row into the meters."""
+    """Put one step's row into the meters, apart from what `DatasetTally` keeps for the next scrape."""
     for key, name in GAUGES.items():
         if _finite(row.get(key)):
             meters.series(name, {}).set(row[key])
@@ -62,7 +66,6 @@ def record(row: Mapping[str, Any], meters: Meters) -> None:
     if _finite(row.get("grad_norm")):
         meters.series("hermes_gradient_norm", {}).observe(row["grad_norm"])
     _record_times(row, meters)
-    _record_datasets(row, meters)
 
 
 def record_evaluation(split: str, report: Mapping[str, Any], meters: Meters) -> None:
@@ -92,22 +95,44 @@ def _record_times(row: Mapping[str, Any], meters: Meters) -> None:
     meters.series("hermes_busy_seconds_total", {}).inc(max(0.0, busy_s))
 
 
-def _record_datasets(row: Mapping[str, Any], meters: Meters) -> None:
-    for dataset, count in (row.get("dataset_samples") or {}).items():
-        meters.series("hermes_dataset_samples_total", {"dataset": dataset}).inc(count)
-    for dataset, losses in (row.get("dataset_loss") or {}).items():
-        for term, value in losses.items():
-            if _finite(value):
-                meters.series("hermes_dataset_loss", {"dataset": dataset, "term": term}).set(value)
-    for name, losses in (row.get("task_loss") or {}).items():
-        dataset, _, task = name.partition("/")
-        for term, value in losses.items():
-            if _finite(value):
-                meters.series("hermes_task_loss", {"dataset": dataset, "task": task, "term": term}).set(value)
-    for key, metric in PAIRS.items():
-        for name, count in (row.get(key) or {}).items():
-            dataset, _, task = name.partition("/")
-            meters.series(metric, {"dataset": dataset, "task": task}).inc(count)
+class DatasetTally:
+    """What steps say of datasets and classes: hundreds of series, so that they are put into the meters when somebody scrapes."""
+
+    def __init__(self, meters: Meters) -> None:
+        self._meters = meters
+        self._lock = threading.Lock()
+        self._counts: dict[str, Counter[str]] = {key: Counter() for key in COUNTS}
+        self._losses: dict[str, dict[str, Mapping[str, float]]] = {key: {} for key in LOSSES_OF}
+        meters.before_scrape(self.flush)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One step's row: counts are added up; of losses the last one stays."""
+        with self._lock:
+            for key, counts in self._counts.items():
+                counts.update(row.get(key) or {})
+            for key, losses in self._losses.items():
+                losses.update(row.get(key) or {})
+
+    def flush(self) -> None:
+        """Bring the meters up to date."""
+        with self._lock:
+            for key, counts in self._counts.items():
+                for name, count in counts.items():
+                    self._meters.series(COUNTS[key], _labels(key, name)).inc(count)
+                counts.clear()
+            for key, losses in self._losses.items():
+                for name, terms in losses.items():
+                    for term, value in terms.items():
+                        if _finite(value):
+                            self._meters.series(LOSSES_OF[key], {**_labels(key, name), "term": term}).set(value)
+                losses.clear()
+
+
+def _labels(key: str, name: str) -> dict[str, str]:
+    if key.startswith("dataset_"):
+        return {"dataset": name}
+    dataset, _, task = name.partition("/")
+    return {"dataset": dataset, "task": task}
 
 
 def _finite(value: Any) -> bool:

@@ -53,6 +53,7 @@ class Telemetry:
     ) -> None:
         self._run_dir, self._rank = Path(run_dir), rank
         self._meters = Meters(run_name, rank)
+        self._datasets = rows.DatasetTally(self._meters)
         self._metrics_file = JsonlFile(self._run_dir / "metrics.jsonl") if rank == 0 else None
         self._events_file = JsonlFile(self._run_dir / "stream.jsonl")
         self._tensorboard_on = config.tensorboard and rank == 0
@@ -111,6 +112,7 @@ class Telemetry:
         if self._metrics_file:
             self._metrics_file.append(row)
         rows.record(row, self._meters)
+        self._datasets.add(row)
         if self._tensorboard_on:
             self._write_tensorboard(row)
         self.add("hermes_telemetry_seconds_total", time.perf_counter() - start)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from hermes_dist.config import Config
-from hermes_dist.errors import CheckpointError, NumericalError, WaitTimeoutError
+from hermes_dist.errors import CheckpointError, HermesError, NumericalError, WaitTimeoutError
 from hermes_dist.models import build_model
 from hermes_dist.models.checkpointing import apply_activation_checkpointing
 from hermes_dist.models.compilation import compile_blocks
@@ -153,8 +153,12 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                 if stop or last:
                     break
             checkpointer.finish()  # before the stream is tidied up: whatever goes wrong there, the checkpoint is complete
-    except WaitTimeoutError as error:
-        runtime.alarm.ring(str(error), error)
+    except HermesError as error:
+        for event in error.events:
+            telemetry.event({"step": state.step, **event})
+        telemetry.event({"kind": "failure", "step": state.step, "error": f"{type(error).__name__}: {error}"})
+        if isinstance(error, WaitTimeoutError):
+            runtime.alarm.ring(str(error), error)
         raise
     finally:
         telemetry.close()

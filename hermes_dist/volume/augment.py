@@ -151,6 +151,16 @@ def source_box(affine: Matrix, start_vox_zyx: Vox3, patch_vox_zyx: Vox3, shape_v
     return _vox3(low), _vox3(high - low + 1)
 
 
+def largest_box_vox(config: AugmentConfig, patch_vox_zyx: Vox3) -> int:
+    """Voxels of the largest `source_box` among a thousand draws, where the volume has room for it; else those of the patch."""
+    boundless = (1 << 20, 1 << 20, 1 << 20)
+    drawn = (draw(seed, config).affine for seed in range(1000))
+    boxes = [
+        source_box(affine, _vox3(np.full(3, 1 << 19)), patch_vox_zyx, boundless)[1] for affine in drawn if affine is not None
+    ]
+    return max((math.prod(sides) for sides in boxes), default=math.prod(patch_vox_zyx))
+
+
 def reach(affine: Matrix, start_vox_zyx: Vox3, patch_vox_zyx: Vox3) -> Reach:
     """What of the `source_box` an affine of a patch really reads (arguments as there).
 

@@ -74,6 +74,33 @@ if __name__ == "__main__":
 """
 
 
+HANGING_PROGRAM = """
+import contextlib, json, signal, sys
+import psutil
+from hermes_dist.config import validate
+from hermes_dist.shards.store import open_store
+from hermes_dist.stream import loader, ray_source
+from hermes_dist.stream.loader import open_stream
+
+ray_source.READ_WHILE_STARTING = False
+loader.FEEDER_LIMIT_S = 2.0
+if __name__ == "__main__":
+    sys.stderr = sys.stdout
+    config, store = validate(json.loads(sys.argv[1])), open_store(sys.argv[2])
+    tasks = store.collection.tasks
+    with open_stream(config, [store], tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
+        for batch in stream:
+            workers = [p for p in psutil.process_iter() if p.name().startswith("ray::")]
+            if batch.step >= 3 and workers:
+                break
+        for worker in workers:
+            worker.send_signal(signal.SIGSTOP)
+        with contextlib.suppress(BaseException):  # what is ready is taken, then the feeder waits
+            while stream._thread.is_alive():
+                stream._ready.get(timeout=5)
+"""
+
+
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folder of the collection per format."""
@@ -184,10 +211,26 @@ def test_nothing_survives_a_killed_rank(program: Path, stores: dict[str, Path]) 
             break
     found = ray_processes(began)
     assert found
+    # What it is sent it runs: nobody on the network may reach it.
+    listening = {c.laddr.ip for p in found if p.is_running() for c in p.net_connections("inet") if c.status == "LISTEN"}
+    assert listening
+    assert listening <= {"127.0.0.1", "::1"}
     # A signal to the rank's group (Slurm, torchrun) must not reach them.
     assert os.getpgid(process.pid) not in {os.getpgid(p.pid) for p in found if p.is_running()}
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
+    assert_gone(began)
+
+
+def test_workers_that_hang_do_not_hold_up_the_end(tmp_path: Path, stores: dict[str, Path]) -> None:
+    """Ray is left to its reaper: ending it under a pipeline that is being read would take the process down."""
+    program, began = tmp_path / "rank.py", time.time() - 1
+    program.write_text(HANGING_PROGRAM)
+    data = config_data(stream__backend="ray", stream__workers=2, train__max_steps=100_000)
+    (process,) = run_ranks(program, data, stores["zarr"], world=1)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0
+    assert "a Ray pipeline did not stop" in output
     assert_gone(began)
 
 
@@ -203,4 +246,4 @@ def assert_gone(since: float, limit_s: float = 40) -> None:
 def ray_files(since: float) -> list[Path]:
     """What private clusters keep in the folder for temporary files."""
     folder = Path(tempfile.gettempdir())
-    return [p for pattern in ("hray-*", "hermes-ray-*") for p in folder.glob(pattern) if p.stat().st_mtime >= since]
+    return [p for pattern in ("hray-*", "hermes-ray-*/*") for p in folder.glob(pattern) if p.stat().st_mtime >= since]

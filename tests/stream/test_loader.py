@@ -18,6 +18,7 @@ from hermes_dist.shards.store import open_store
 from hermes_dist.stream import loader
 from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.loader import attribute_wait, open_stream
+from hermes_dist.stream.reader import Reader
 from tests.stream.tools import make_config, real_samples, steps
 
 
@@ -86,8 +87,67 @@ def test_passing_storage_failures_change_nothing(store_paths: dict[str, Path]) -
 
 def test_failing_storage_stops_the_run(store_paths: dict[str, Path]) -> None:
     faults = {"chaos": {"transient": 1.0}, "backoff_s": 0.001, "retries": 2}
-    with pytest.raises(StreamError, match=r"/case\d: storage failed 3 times"):
+    with pytest.raises(StreamError, match=r"/case\d: storage failed 3 times.*stream.faults.retries") as caught:
         steps(make_config(stream__faults=faults), store_paths["zarr"])
+    assert [(e["kind"], e["attempt"], e["position"]) for e in caught.value.events] == [("retry", 1, 0), ("retry", 2, 0)]
+
+
+def test_storage_that_hangs_is_named_before_the_wait_for_it_ends(store_paths: dict[str, Path]) -> None:
+    faults = {"chaos": {"transient": 1.0}, "backoff_s": 0.01, "retries": 1000}
+    with pytest.raises(StreamError, match=r"/case\d: storage failed \d+ times.*stream.wait_limit_s, which bounds the attempts"):
+        steps(make_config(stream__faults=faults, stream__wait_limit_s=2), store_paths["zarr"])
+
+
+def test_what_happened_in_the_step_that_failed_is_told(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events of the step's earlier samples and of the failing one: no batch will bring them to stream.jsonl."""
+    read, seen = Reader.read, list[int]()
+
+    def failing(self: Reader, rows: Any, index: int) -> Any:
+        sample = read(self, rows, index)
+        seen.append(sample.position)
+        if sample.position < 2:
+            sample.events = [{"kind": "retry", "position": sample.position}]
+            return sample
+        error = StreamError("case9: storage failed")
+        error.events = [{"kind": "retry", "position": 2}]
+        raise error
+
+    monkeypatch.setattr(Reader, "read", failing)
+    with pytest.raises(StreamError, match="case9") as caught:
+        steps(make_config(), store_paths["zarr"])
+    assert [e["position"] for e in caught.value.events] == [0, 1, 2]
+
+
+def test_an_error_travels_through_ray_with_its_events() -> None:
+    ray_blocks = pytest.importorskip("hermes_dist.stream.ray_blocks")
+    error = QuarantineLimitError("3 unreadable cases")
+    error.events = [{"kind": "substitution", "position": 7}]
+    block = ray_blocks.BlockAccessor.for_block(ray_blocks.encode_error(error)).to_batch_format("numpy")
+    with pytest.raises(QuarantineLimitError, match="3 unreadable") as caught:
+        list(ray_blocks.decode_block(block))
+    assert caught.value.events == error.events
+
+
+def test_the_share_of_waiting_leaves_evaluations_out() -> None:
+    ordinary = [(0.1, 1.1)] * 9
+    assert loader.wait_share([*ordinary, (0.1, 600.0)]) == pytest.approx(0.1 / 1.1)
+    assert loader.wait_share([(0.0, 1.0)] * 9 + [(6.0, 7.0)]) == pytest.approx(6 / 16)
+    assert loader.wait_share([(0.0, 0.0)]) == 0
+
+
+def test_workers_follow_the_wait_within_their_bounds() -> None:
+    wanted = pytest.importorskip("hermes_dist.stream.ray_source").wanted_workers
+    assert [wanted(n, 2, 8, 0.3) for n in (2, 3, 5, 7, 8)] == [3, 5, 8, 8, 8]
+    assert [wanted(n, 2, 8, 0.0) for n in (2, 3, 8)] == [2, 2, 7]
+    assert wanted(4, 2, 8, 0.03) == 4
+
+
+def test_a_source_that_scales_is_heard(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "JUDGED_STEPS", 2)
+    monkeypatch.setattr(InlineSource, "scale", lambda self, share: f"share {share >= 0}")
+    batches = steps(make_config(train__max_steps=6), store_paths["zarr"])
+    told = [b.step for b in batches for e in b.events if e["kind"] == "note" and e["message"] == "share True"]
+    assert told == [3, 5]  # said with the step after the one that was judged
 
 
 def test_a_wait_has_a_limit_and_says_for_what(store_paths: dict[str, Path]) -> None:
@@ -178,7 +238,7 @@ def test_augmentation_on_the_device_is_that_of_the_workers_to_rounding(store_pat
 
 
 def test_auto_moves_the_augmentation_when_the_rank_waits(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "AUTO_STEPS", 3)
+    monkeypatch.setattr(loader, "JUDGED_STEPS", 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     slow = {"chaos": {"slow_s": 0.01}}
     batches = steps(make_config(augment__where="auto", stream__faults=slow, train__max_steps=10), store_paths["zarr"])
