@@ -5,6 +5,10 @@ most 256 rows) at a time, and the newest row groups stay in a bounded cache. The
 and a mapped file that is cut short kills the process. Rows are sorted by dataset (in the order of the collection) and case id, so
 a dataset is one contiguous range and a case is found by bisection.
 
+A row is there twice: in columns, for people and their tools, and packed into one value, for training. Decoding nineteen columns
+of 256 rows takes eight times as long as one, and a random case of a large collection nearly always needs a row group of its own.
+Only training's columns are stored uncompressed. Manifests without packed rows are read too.
+
 Coordinates are voxels Z Y X on the stored grid. Foreground coordinates are kept as flat C-order indices, uint32 little-endian in
 one binary value a row: lists would be decoded number by number, for all rows of a group. Older manifests with lists are read too.
 """
@@ -28,8 +32,8 @@ from hermes_dist.shards.storage import storage_error
 
 Vox3 = tuple[int, int, int]
 ROWS_PER_GROUP = 256
-SAMPLES_PER_GROUP = 1 << 18
-"""A row group is closed at 256 rows or 1 MiB of foreground coordinates, so that many classes do not make a row slow to read."""
+BYTES_PER_GROUP = 1 << 20
+"""A row group is closed at 256 rows or 1 MiB of foreground and packed rows: many classes or blocks do not make rows slow."""
 NARROW = ("dataset", "case_id", "split")
 LABELS = ("dataset", "modality", "split")
 CACHE_BYTES = 32 << 20
@@ -114,8 +118,10 @@ ROW_COLUMNS = tuple(f.name for f in fields(ManifestRow))
 OTHER_COLUMNS = tuple(name for name in ROW_COLUMNS if name not in NARROW)
 SCHEMA = pa.schema(
     [(name, _TYPES.get(name, pa.string())) for name in ROW_COLUMNS]
-    + [("foreground", pa.binary()), ("foreground_counts", pa.list_(pa.int32()))]
+    + [("foreground", pa.binary()), ("foreground_counts", pa.list_(pa.int32())), ("packed", pa.binary())]
 )
+PLAIN_COLUMNS = (*NARROW, "foreground", "foreground_counts", "packed")
+COMPRESSION = {name: "NONE" if name in PLAIN_COLUMNS else "ZSTD" for name in SCHEMA.names}
 
 
 @dataclass(frozen=True)
@@ -145,16 +151,18 @@ class ManifestEntry:
 
 def write_manifest(entries: Iterable[ManifestEntry], sink: Any) -> int:
     """Write entries (already sorted) to a path or file object; returns how many. Memory is bounded by a row group."""
-    count, samples, batch = 0, 0, list[ManifestEntry]()
+    count, n_bytes, batch = 0, 0, list[tuple[ManifestEntry, bytes]]()
     labels: Any = list(LABELS)  # pyarrow's annotation says bool, its documentation bool or list
-    with pq.ParquetWriter(sink, SCHEMA, compression="NONE", use_dictionary=labels, write_statistics=False) as writer:
+    compression: Any = COMPRESSION
+    with pq.ParquetWriter(sink, SCHEMA, compression=compression, use_dictionary=labels, write_statistics=False) as writer:
         for entry in entries:
-            batch.append(entry)
+            packed = _pack(entry.row)
+            batch.append((entry, packed))
             count += 1
-            samples += len(entry.foreground)
-            if len(batch) == ROWS_PER_GROUP or samples >= SAMPLES_PER_GROUP:
+            n_bytes += 4 * len(entry.foreground) + len(packed)
+            if len(batch) == ROWS_PER_GROUP or n_bytes >= BYTES_PER_GROUP:
                 writer.write_table(_table(batch), row_group_size=ROWS_PER_GROUP)
-                samples, batch = 0, []
+                n_bytes, batch = 0, []
         if batch or not count:
             writer.write_table(_table(batch), row_group_size=ROWS_PER_GROUP)
     return count
@@ -165,11 +173,18 @@ def _row(data: dict[str, Any]) -> ManifestRow:
     return ManifestRow(**values)
 
 
-def _table(entries: Sequence[ManifestEntry]) -> pa.Table:
+def _pack(row: ManifestRow) -> bytes:
+    """All fields but those that the manifest holds in memory anyway."""
+    return json.dumps({name: getattr(row, name) for name in OTHER_COLUMNS}, separators=(",", ":")).encode()
+
+
+def _table(batch: Sequence[tuple[ManifestEntry, bytes]]) -> pa.Table:
+    entries = [entry for entry, _ in batch]
     columns: dict[str, list[Any]] = {name: [getattr(e.row, name) for e in entries] for name in ROW_COLUMNS}
     columns["stats"] = [json.dumps(s, sort_keys=True) for s in columns["stats"]]
     columns["foreground"] = [e.foreground.astype("<u4").tobytes() for e in entries]
     columns["foreground_counts"] = [e.foreground_counts for e in entries]
+    columns["packed"] = [packed for _, packed in batch]
     return pa.table({f.name: pa.array(columns[f.name], type=f.type) for f in SCHEMA}, schema=SCHEMA)
 
 
@@ -188,6 +203,7 @@ class Manifest:
             table = self._file.read(columns=list(NARROW), use_threads=False).unify_dictionaries().combine_chunks()
         except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
             raise _failure(name, error, "run `hermes-shard merge` or convert again") from None
+        self._packed = "packed" in self._file.schema_arrow.names
         sizes = [self._file.metadata.row_group(g).num_rows for g in range(self._file.metadata.num_row_groups)]
         self._group_starts = np.cumsum([0, *sizes])[:-1]
         self.name = name
@@ -276,9 +292,7 @@ class Manifest:
                 self._rows.move_to_end(int(i))
                 return kept
         group, k = self._locate(i)
-        table = self._group(group, "row")
-        data = {name: column[k].as_py() for name, column in zip(OTHER_COLUMNS, table.columns, strict=True)}
-        data["stats"] = json.loads(data["stats"])
+        data = self._fields(group, k)
         data["dataset"], data["case_id"] = self.dataset_names[int(self.dataset_index[i])], self.case_id(i)
         data["split"] = self.splits[int(self._split[i])]
         row = _row(data)
@@ -287,6 +301,17 @@ class Manifest:
             if len(self._rows) > ROWS_KEPT:
                 self._rows.popitem(last=False)
         return row
+
+    def _fields(self, group: int, k: int) -> dict[str, Any]:
+        """The fields of row `k` of a row group, apart from those in memory."""
+        table = self._group(group, "row")
+        if not self._packed:
+            data = {name: column[k].as_py() for name, column in zip(OTHER_COLUMNS, table.columns, strict=True)}
+            return {**data, "stats": json.loads(data["stats"])}
+        try:
+            return json.loads(table.column("packed")[k].as_py())
+        except ValueError as error:
+            raise CorruptShardError(f"{self.name}, row group {group}, row {k} is damaged: {error}; convert again") from None
 
     def foreground_counts(self, i: int) -> np.ndarray:
         """int32 per class: how many sampled foreground voxels the case has (`foreground` returns them)."""
@@ -330,7 +355,8 @@ class Manifest:
             return self._cache[key]
 
     def _read_group(self, group: int, kind: str) -> pa.RecordBatch:
-        columns = OTHER_COLUMNS if kind == "row" else ("foreground", "foreground_counts")
+        row_columns = ("packed",) if self._packed else OTHER_COLUMNS
+        columns = row_columns if kind == "row" else ("foreground", "foreground_counts")
         try:
             table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
             return table.select(columns).combine_chunks().to_batches()[0]  # single rows are found faster than in a table

@@ -72,13 +72,15 @@ def test_round_trip(tmp_path: Path, samples: int) -> None:
     assert all(groups.row_group(g).num_rows <= (512 if samples == 3 else 53) for g in range(groups.num_row_groups))
 
 
-def test_foreground_in_lists_as_older_manifests_have_it(tmp_path: Path) -> None:
+def test_foreground_in_lists_and_no_packed_rows_as_older_manifests_have_it(tmp_path: Path) -> None:
+    """So it is seen, too, that the columns hold the same as the packed rows."""
     write_manifest((entry(i) for i in range(300)), str(tmp_path / "new"))
     table = pq.read_table(tmp_path / "new")
     assert table.schema.field("foreground").type == pa.binary()
     lists = pa.array([np.frombuffer(v, "<u4") for v in table["foreground"].to_pylist()], pa.list_(pa.uint32()))
     column = table.schema.get_field_index("foreground")
-    pq.write_table(table.set_column(column, "foreground", lists), tmp_path / "old", row_group_size=256, use_dictionary=False)
+    table = table.set_column(column, "foreground", lists).drop_columns(["packed"])
+    pq.write_table(table, tmp_path / "old", row_group_size=256, use_dictionary=False)
     old, new = Manifest(str(tmp_path / "old")), Manifest(str(tmp_path / "new"))
     for i in (0, 255, 256, 299):
         np.testing.assert_array_equal(old.foreground(i, 0), new.foreground(i, 0))
@@ -87,6 +89,18 @@ def test_foreground_in_lists_as_older_manifests_have_it(tmp_path: Path) -> None:
         for found in (theirs, ours):
             np.testing.assert_array_equal(found.foreground, entry(i).foreground)
             assert found.foreground.dtype == np.uint32
+
+
+def test_a_packed_row_that_is_none(tmp_path: Path) -> None:
+    write_manifest((entry(i) for i in range(3)), str(tmp_path / "m"))
+    table = pq.read_table(tmp_path / "m")
+    packed = table["packed"].to_pylist()
+    column = table.schema.get_field_index("packed")
+    pq.write_table(table.set_column(column, "packed", pa.array([packed[0], packed[1][:-1], packed[2]])), tmp_path / "m")
+    manifest = Manifest(str(tmp_path / "m"))
+    assert manifest.row(0) == entry(0).row
+    with pytest.raises(CorruptShardError, match="row group 0, row 1 is damaged"):
+        manifest.row(1)
 
 
 def test_a_case_without_foreground(tmp_path: Path) -> None:

@@ -109,6 +109,19 @@ def test_a_row_reaches_the_file_and_the_endpoint(tmp_path: Path, telemetry: Tele
     assert values[("hermes_disk_free_bytes",)] > 0
 
 
+def test_a_scrape_sees_all_steps_since_the_last_one(telemetry: Telemetry) -> None:
+    """Series of datasets and classes are brought up to date when somebody looks: counts add up, the last loss counts."""
+    values = telemetry._meters.registry.get_sample_value
+    labels = {"run": "demo", "rank": "0", "dataset": "liver", "task": "tumour"}
+    for scrape in (1, 2):
+        for step, loss in enumerate((0.5, 0.25, float("nan"))):
+            telemetry.step({"step": step, "task_loss": {"liver/tumour": {"dice": loss}}, "task_pairs": {"liver/tumour": 2}})
+        telemetry.step({"step": 3, "task_pairs": {"liver/liver": 1}})
+        assert values("hermes_pairs_total", labels) == 6 * scrape
+    telemetry.step({"step": 4, "task_loss": {"liver/tumour": {"dice": 0.125}}})
+    assert values("hermes_task_loss", {**labels, "term": "dice"}) == 0.125
+
+
 def test_nan_steps_count_as_skipped_and_leave_the_gauges(telemetry: Telemetry) -> None:
     telemetry.step(ROW)
     telemetry.step({"step": 8, "loss": float("nan"), "grad_norm": float("inf"), "skipped": True})

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from hermes_dist.config import Config, resolve, set_dotted, validate
-from hermes_dist.errors import UsageError, WaitTimeoutError
+from hermes_dist.errors import StreamError, UsageError, WaitTimeoutError
 from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import list_checkpoints
 from hermes_dist.parallel.runtime import Runtime, start
@@ -175,3 +175,13 @@ def test_a_stream_that_cannot_be_tidied_up_costs_no_checkpoint(
     monkeypatch.setattr(InlineSource, "close", fails)
     assert train(config, runtime).step == 3
     assert "warning: WaitTimeoutError while the stream was closed: Ray did not end" in capsys.readouterr().err
+
+
+def test_what_ended_a_run_is_recorded_with_what_came_before(tmp_path: Path, runtime: Runtime) -> None:
+    config = run_config(tmp_path, every_steps=0)
+    faults = ['stream.faults.chaos={"transient": 1.0}', "stream.faults.retries=2", "stream.faults.backoff_s=0.001"]
+    with pytest.raises(StreamError, match="organs/train: storage failed 3 times"):
+        train(changed(config, *faults), runtime)
+    events = [json.loads(line) for line in (config.run_dir / "stream.jsonl").read_text().splitlines()]
+    assert [(e["kind"], e["step"]) for e in events] == [("retry", 0), ("retry", 0), ("failure", 0)]
+    assert events[-1]["error"].startswith("StreamError: organs/train: storage failed 3 times")
