@@ -24,13 +24,14 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import utils
+from ray._private import ray_constants, utils
 
 from hermes_dist.config import StreamConfig
 from hermes_dist.errors import ConfigError, StreamError, WaitTimeoutError
 from hermes_dist.stream import ray_reaper
 
 ray_utils: Any = utils
+ray_switches: Any = ray_constants
 START_LIMIT_S = 120.0
 LEAVE_LIMIT_S = 20.0
 JOIN_GRACE_S = 2.0
@@ -77,6 +78,7 @@ class Cluster:
         if config.ray_address != "local":
             _connect(config.ray_address)
         elif local_rank == 0:
+            _stay_on_this_host()
             self._home = _new_home()
             self._siblings = range(1, local_world_size)
             self._reaper = ray_reaper.start(self._home, rendezvous_path())
@@ -86,6 +88,7 @@ class Cluster:
             if found is None:
                 self._connected = False
                 return
+            _stay_on_this_host()
             self._mark = Path(found["home"]) / f"rank{local_rank}"
             _write_atomically(self._mark, _this_process())
             _connect(found["address"])
@@ -148,7 +151,6 @@ def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
         "logging_level": logging.ERROR,
         "object_store_memory": (config.object_store_mib << 20) * local_world_size,
         "_temp_dir": str(home),
-        "_node_ip_address": "127.0.0.1",  # nobody on the network can reach a cluster that runs whatever it is sent
         "_system_config": dict(PATIENT),
     }
     os.environ[ray_reaper.MARK] = str(home)  # inherited by all processes of the cluster
@@ -162,6 +164,14 @@ def _start(config: StreamConfig, home: Path, local_world_size: int) -> str:
     finally:
         del os.environ[ray_reaper.MARK]
     return str(ray.get_runtime_context().gcs_address)
+
+
+def _stay_on_this_host() -> None:
+    """Let this process's cluster listen on 127.0.0.1 only: it runs whatever it is sent, by whoever can reach it.
+
+    Ray replaces the loopback address by that of the network wherever it is given, but for Windows and macOS: so theirs is taken.
+    """
+    ray_switches.ENABLE_RAY_CLUSTER = False
 
 
 @contextlib.contextmanager

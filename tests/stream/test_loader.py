@@ -122,7 +122,7 @@ def test_an_error_travels_through_ray_with_its_events() -> None:
     ray_blocks = pytest.importorskip("hermes_dist.stream.ray_blocks")
     error = QuarantineLimitError("3 unreadable cases")
     error.events = [{"kind": "substitution", "position": 7}]
-    block = ray_blocks.BlockAccessor.for_block(ray_blocks.encode_error(error)).to_batch_format("numpy")
+    block = ray_blocks.encode_error(error)
     with pytest.raises(QuarantineLimitError, match="3 unreadable") as caught:
         list(ray_blocks.decode_block(block))
     assert caught.value.events == error.events
