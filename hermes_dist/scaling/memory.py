@@ -19,6 +19,9 @@ OVERHEAD_BYTES = 2 * 2**30
 """CUDA context, cuDNN workspaces and fragmentation on a GPU."""
 BUCKET_BYTES = 4 * 20_000_000
 """One bucket of gradients under way to the other ranks: the engine's default of `reduce_bucket_size` (parallel/ds_config.py)."""
+WORKSPACE = 2.5
+"""Of a block's backward pass, in sizes of its weights: their gradient, and copies in the layouts of the convolution library.
+Measured with oneDNN; it shows where patches are small beside the weights."""
 LIVE_BYTES = 4 * 40_000_000
 """Gathered weights that stage 3 holds at a time: the engine's default of `stage3_max_live_parameters`."""
 
@@ -63,20 +66,22 @@ def resident_buffer_bytes(stage: int) -> float:
     return BUCKET_BYTES if stage == 3 else 0.0
 
 
-def transient_bytes(parameters: int, stage: int, world_size: int, activations: float) -> float:
+def transient_bytes(parameters: int, stage: int, world_size: int, activations: float, *, gloo: bool = False) -> float:
     """What a step needs at its peak on top of `StateBytes.at_rest` and `resident_buffer_bytes`.
 
     Stages 0 and 1: all gradients, and then activations or, when the backward pass is through, one bucket of copies. Stage 2: the
     reduced part of the gradients, and activations with a bucket, or a flat copy of that part. Stage 3: activations,
-    gathered weights, and the bucket's copy for the reduction with the part that comes back.
+    gathered weights, and the bucket's copy for the reduction with the part that comes back. `gloo` (ranks on CPUs) gathers into a
+    copy of its own: of all parameters after the step, in stage 3 of a bucket.
     """
     whole, part = 4.0 * parameters, 4.0 * parameters / world_size
     bucket = min(whole, BUCKET_BYTES)
     if stage < 2:
         return whole + max(activations, bucket if stage or world_size > 1 else 0.0)
     if stage == 2:
-        return part + max(activations + bucket, part)
-    return max(activations + min(whole, LIVE_BYTES) + bucket * (1 + 1 / world_size), part)
+        return max(part + max(activations + bucket, part), whole if gloo else 0.0)
+    copies = 1 + 1 / world_size + (1 if gloo else 0)
+    return max(activations + min(whole, LIVE_BYTES) + bucket * copies, part)
 
 
 def kept_activation_elements(config: ModelConfig, request: Request, mode: str) -> int:
@@ -96,20 +101,23 @@ def activation_bytes(config: ModelConfig, request: Request, mode: str, *, micro_
 
     The loss holds logits, targets and their gradient per task column in float32.
     """
-    kept = kept_activation_elements(config, request, mode)
+    kept = micro_batch * bytes_per_element * kept_activation_elements(config, request, mode)
+    redone = redone_bytes(config, request, mode, micro_batch=micro_batch, bytes_per_element=bytes_per_element)
     voxels = request.patch_vox_zyx[0] * request.patch_vox_zyx[1] * request.patch_vox_zyx[2]
-    loss = 4.0 * 4 * request.columns * voxels
-    return micro_batch * (bytes_per_element * (kept + redone_elements(config, request, mode)) + loss)
+    return kept + redone + micro_batch * 4.0 * 4 * request.columns * voxels
 
 
-def redone_elements(config: ModelConfig, request: Request, mode: str) -> int:
-    """float32 elements that the largest recomputed unit keeps while its backward pass runs."""
+def redone_bytes(config: ModelConfig, request: Request, mode: str, *, micro_batch: int, bytes_per_element: int) -> float:
+    """What the recomputed unit that needs most keeps while its backward pass runs, with the workspace of its largest weights."""
     table = layers(config, request)
     if mode == "none":
-        return 0
-    if mode == "full":
-        return max(sum(layer.kept for layer in stage) for stage in _stages(table))
-    return max(layer.kept for layer in table)
+        return 0.0
+    units = _stages(table) if mode == "full" else [[layer] for layer in table]
+    return max(
+        micro_batch * bytes_per_element * sum(layer.kept for layer in unit)
+        + WORKSPACE * 4.0 * max(layer.parameters for layer in unit)
+        for unit in units
+    )
 
 
 def _stages(table: list[Layer]) -> list[list[Layer]]:

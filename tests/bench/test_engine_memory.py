@@ -39,7 +39,7 @@ def predicted(case: dict[str, Any]) -> tuple[float, float]:
     states = state_bytes(n, case["stage"], case["ranks"])
     active = activation_bytes(config.model, request, case["mode"], micro_batch=1, bytes_per_element=4)
     rest = states.at_rest + resident_buffer_bytes(case["stage"])
-    return rest, rest + transient_bytes(n, case["stage"], case["ranks"], active)
+    return rest, rest + transient_bytes(n, case["stage"], case["ranks"], active, gloo=case["ranks"] > 1)
 
 
 def check(cases: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:

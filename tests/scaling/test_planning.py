@@ -8,7 +8,7 @@ import io
 import pytest
 from rich.console import Console
 
-from hermes_dist.config import Config, resolve, validate
+from hermes_dist.config import Config, ModelConfig, resolve, validate
 from hermes_dist.parallel.ds_config import BUFFER_ELEMENTS
 from hermes_dist.scaling.communication import Cluster
 from hermes_dist.scaling.cost_layers import Request
@@ -40,6 +40,18 @@ def test_what_a_step_adds_by_stage() -> None:
     added = [transient_bytes(60_834_946, stage, 2, 79e6) / 1e6 for stage in range(4)]
     assert added == pytest.approx([323, 323, 281, 359], abs=1)
     assert transient_bytes(10**6, 0, 1, 5e6) == 4e6 + 5e6
+    # Hermes-R large with small patches on four ranks: gloo's copy of all weights (stage 2), of a bucket (stage 3).
+    added = [transient_bytes(203_470_000, stage, 4, 236 * 2**20, gloo=True) / 2**20 for stage in (2, 3)]
+    assert added == pytest.approx([794, 592], rel=0.1)
+
+
+def test_small_patches_need_the_workspace_of_the_weights() -> None:
+    """Hermes-R base and large at 32³, fully recomputed: 108 and 236 MiB more than at rest, without gradients (one process)."""
+    request = Request((32, 32, 32), 15, 71, 2)
+    for channels, blocks, measured in ((32, (2, 2, 2, 2), 108), (48, (4, 4, 4, 4), 236)):
+        model = ModelConfig(base_channels=channels, blocks=blocks)
+        found = activation_bytes(model, request, "full", micro_batch=1, bytes_per_element=4) / 2**20
+        assert found == pytest.approx(measured, rel=0.1)
 
 
 def test_checkpointing_saves_what_it_promises() -> None:
