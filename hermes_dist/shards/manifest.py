@@ -120,7 +120,8 @@ SCHEMA = pa.schema(
     [(name, _TYPES.get(name, pa.string())) for name in ROW_COLUMNS]
     + [("foreground", pa.binary()), ("foreground_counts", pa.list_(pa.int32())), ("packed", pa.binary())]
 )
-PLAIN_COLUMNS = (*NARROW, "foreground", "foreground_counts", "packed")
+TRAINING_COLUMNS = ("foreground", "packed")
+PLAIN_COLUMNS = (*NARROW, *TRAINING_COLUMNS)
 COMPRESSION = {name: "NONE" if name in PLAIN_COLUMNS else "ZSTD" for name in SCHEMA.names}
 
 
@@ -156,7 +157,7 @@ def write_manifest(entries: Iterable[ManifestEntry], sink: Any) -> int:
     compression: Any = COMPRESSION
     with pq.ParquetWriter(sink, SCHEMA, compression=compression, use_dictionary=labels, write_statistics=False) as writer:
         for entry in entries:
-            packed = _pack(entry.row)
+            packed = _pack(entry)
             batch.append((entry, packed))
             count += 1
             n_bytes += 4 * len(entry.foreground) + len(packed)
@@ -173,9 +174,10 @@ def _row(data: dict[str, Any]) -> ManifestRow:
     return ManifestRow(**values)
 
 
-def _pack(row: ManifestRow) -> bytes:
-    """All fields but those that the manifest holds in memory anyway."""
-    return json.dumps({name: getattr(row, name) for name in OTHER_COLUMNS}, separators=(",", ":")).encode()
+def _pack(entry: ManifestEntry) -> bytes:
+    """All but what the manifest holds in memory anyway, and the coordinates."""
+    fields = {name: getattr(entry.row, name) for name in OTHER_COLUMNS}
+    return json.dumps({**fields, "foreground_counts": entry.foreground_counts}, separators=(",", ":")).encode()
 
 
 def _table(batch: Sequence[tuple[ManifestEntry, bytes]]) -> pa.Table:
@@ -204,13 +206,16 @@ class Manifest:
         except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
             raise _failure(name, error, "run `hermes-shard merge` or convert again") from None
         self._packed = "packed" in self._file.schema_arrow.names
+        columns = TRAINING_COLUMNS if self._packed else (*OTHER_COLUMNS, "foreground", "foreground_counts")
+        paths = [self._file.schema.column(k).path.split(".")[0] for k in range(len(self._file.schema))]
+        self._leaves = [k for k, path in enumerate(paths) if path in columns]
         sizes = [self._file.metadata.row_group(g).num_rows for g in range(self._file.metadata.num_row_groups)]
         self._group_starts = np.cumsum([0, *sizes])[:-1]
         self.name = name
         self._lock = threading.RLock()
-        self._cache: OrderedDict[tuple[int, str], pa.RecordBatch] = OrderedDict()
+        self._cache: OrderedDict[int, pa.RecordBatch] = OrderedDict()
         self._cache_bytes = 0
-        self._rows: OrderedDict[int, ManifestRow] = OrderedDict()
+        self._rows: OrderedDict[int, tuple[ManifestRow, np.ndarray]] = OrderedDict()
         self._ids = _chunk(table, "case_id")
         labels = {column: _chunk(table, column) for column in ("dataset", "split")}
         found = labels["dataset"].dictionary.to_pylist()
@@ -286,80 +291,77 @@ class Manifest:
 
     def row(self, i: int) -> ManifestRow:
         """One row. Raises StoreError if there is no such row."""
+        return self._row(i)[0]
+
+    def foreground_counts(self, i: int) -> np.ndarray:
+        """int32 per class: how many sampled foreground voxels the case has (`foreground` returns them)."""
+        return self._row(i)[1]
+
+    def foreground(self, i: int, class_index: int) -> np.ndarray:
+        """int32 (n, 3) voxel coordinates Z Y X of sampled foreground of one class; (0, 3) if the case has none."""
+        row, counts = self._row(i)
+        if not 0 <= class_index < len(counts):
+            raise StoreError(f"{self.name} row {i}: class {class_index} of {len(counts)} does not exist")
+        first = int(counts[:class_index].sum())
+        flat = _flat(*self._locate(i))[first : first + int(counts[class_index])]
+        return np.stack(np.unravel_index(flat, row.shape_vox_zyx), axis=1).astype(np.int32)
+
+    def _row(self, i: int) -> tuple[ManifestRow, np.ndarray]:
+        """A row, and how many foreground samples each class has."""
         with self._lock:
             kept = self._rows.get(int(i))
             if kept is not None:
                 self._rows.move_to_end(int(i))
                 return kept
-        group, k = self._locate(i)
-        data = self._fields(group, k)
+        data = self._fields(*self._locate(i))
+        counts = np.asarray(data.pop("foreground_counts"), np.int32)
         data["dataset"], data["case_id"] = self.dataset_names[int(self.dataset_index[i])], self.case_id(i)
         data["split"] = self.splits[int(self._split[i])]
         row = _row(data)
         with self._lock:
-            self._rows[int(i)] = row
+            self._rows[int(i)] = row, counts
             if len(self._rows) > ROWS_KEPT:
                 self._rows.popitem(last=False)
-        return row
+        return row, counts
 
-    def _fields(self, group: int, k: int) -> dict[str, Any]:
-        """The fields of row `k` of a row group, apart from those in memory."""
-        table = self._group(group, "row")
+    def _fields(self, group: pa.RecordBatch, k: int) -> dict[str, Any]:
+        """The fields of row `k` of a row group, apart from those in memory, and its foreground counts."""
         if not self._packed:
-            data = {name: column[k].as_py() for name, column in zip(OTHER_COLUMNS, table.columns, strict=True)}
+            data = {name: group.column(name)[k].as_py() for name in (*OTHER_COLUMNS, "foreground_counts")}
             return {**data, "stats": json.loads(data["stats"])}
         try:
-            return json.loads(table.column("packed")[k].as_py())
+            return json.loads(group.column("packed")[k].as_py())
         except ValueError as error:
-            raise CorruptShardError(f"{self.name}, row group {group}, row {k} is damaged: {error}; convert again") from None
-
-    def foreground_counts(self, i: int) -> np.ndarray:
-        """int32 per class: how many sampled foreground voxels the case has (`foreground` returns them)."""
-        group, k = self._locate(i)
-        return np.asarray(self._group(group, "foreground").column("foreground_counts")[k].values)
-
-    def foreground(self, i: int, class_index: int) -> np.ndarray:
-        """int32 (n, 3) voxel coordinates Z Y X of sampled foreground of one class; (0, 3) if the case has none."""
-        group, k = self._locate(i)
-        table = self._group(group, "foreground")
-        counts = np.asarray(table.column("foreground_counts")[k].values, np.int64)
-        if not 0 <= class_index < len(counts):
-            raise StoreError(f"{self.name} row {i}: class {class_index} of {len(counts)} does not exist")
-        first = int(counts[:class_index].sum())
-        flat = _flat(table, k)[first : first + int(counts[class_index])]
-        return np.stack(np.unravel_index(flat, self.row(i).shape_vox_zyx), axis=1).astype(np.int32)
+            raise CorruptShardError(f"{self.name}: packed row {k} of its group is damaged: {error}; convert again") from None
 
     def entries(self, numbers: Iterable[int] | None = None) -> Iterator[ManifestEntry]:
         """Whole entries in row order (for rewriting the manifest)."""
         for i in range(len(self)) if numbers is None else numbers:
-            group, k = self._locate(i)
-            table = self._group(group, "foreground")
-            counts = tuple(table.column("foreground_counts")[k].as_py())
-            yield ManifestEntry(self.row(i), _flat(table, k), counts)
+            row, counts = self._row(i)
+            yield ManifestEntry(row, _flat(*self._locate(i)), tuple(counts.tolist()))
 
-    def _locate(self, i: int) -> tuple[int, int]:
+    def _locate(self, i: int) -> tuple[pa.RecordBatch, int]:
+        """Row group of a row, and its place in it."""
         if not 0 <= i < len(self):
             raise StoreError(f"{self.name} has {len(self)} rows; row {i} does not exist")
         group = int(np.searchsorted(self._group_starts, i, side="right")) - 1
-        return group, int(i) - int(self._group_starts[group])
+        return self._group(group), int(i) - int(self._group_starts[group])
 
-    def _group(self, group: int, kind: str) -> pa.RecordBatch:
-        key = (group, kind)
+    def _group(self, group: int) -> pa.RecordBatch:
         with self._lock:
-            if key not in self._cache:
-                self._cache[key] = table = self._read_group(group, kind)
-                self._cache_bytes += table.nbytes
-            self._cache.move_to_end(key)
+            if group not in self._cache:
+                self._cache[group] = batch = self._read_group(group)
+                self._cache_bytes += batch.nbytes
+            self._cache.move_to_end(group)
             while self._cache_bytes > CACHE_BYTES and len(self._cache) > 1:
                 self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
-            return self._cache[key]
+            return self._cache[group]
 
-    def _read_group(self, group: int, kind: str) -> pa.RecordBatch:
-        row_columns = ("packed",) if self._packed else OTHER_COLUMNS
-        columns = row_columns if kind == "row" else ("foreground", "foreground_counts")
+    def _read_group(self, group: int) -> pa.RecordBatch:
         try:
-            table = self._file.read_row_group(group, columns=list(columns), use_threads=False)
-            return table.select(columns).combine_chunks().to_batches()[0]  # single rows are found faster than in a table
+            # The reader below: `ParquetFile.read_row_group` looks the columns' names up each time, as long as decoding takes.
+            table = self._file.reader.read_row_group(group, column_indices=self._leaves, use_threads=False)
+            return table.combine_chunks().to_batches()[0]  # single rows are found faster than in a table
         except (pa.ArrowInvalid, KeyError, IndexError, OSError) as error:
             raise _failure(f"{self.name}, row group {group}", error, "convert again") from None
 

@@ -99,7 +99,7 @@ def test_a_packed_row_that_is_none(tmp_path: Path) -> None:
     pq.write_table(table.set_column(column, "packed", pa.array([packed[0], packed[1][:-1], packed[2]])), tmp_path / "m")
     manifest = Manifest(str(tmp_path / "m"))
     assert manifest.row(0) == entry(0).row
-    with pytest.raises(CorruptShardError, match="row group 0, row 1 is damaged"):
+    with pytest.raises(CorruptShardError, match="packed row 1 of its group is damaged"):
         manifest.row(1)
 
 
