@@ -314,10 +314,13 @@ class Manifest:
                 self._rows.move_to_end(int(i))
                 return kept
         data = self._fields(*self._locate(i))
-        counts = np.asarray(data.pop("foreground_counts"), np.int32)
         data["dataset"], data["case_id"] = self.dataset_names[int(self.dataset_index[i])], self.case_id(i)
         data["split"] = self.splits[int(self._split[i])]
-        row = _row(data)
+        try:
+            counts = np.asarray(data.pop("foreground_counts"), np.int32)
+            row = _row(data)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptShardError(f"{self.name}, row {i} is damaged: {error}; convert again") from None
         with self._lock:
             self._rows[int(i)] = row, counts
             if len(self._rows) > ROWS_KEPT:

@@ -109,9 +109,16 @@ def apportion(fractions: npt.NDArray[np.float64], block: int, period: int) -> np
         period: blocks.
 
     Returns:
-        (period, D) int64; each row sums to `block`. The first row is the largest-remainder apportionment of `block`; row k
-        is that of what is due after k + 1 blocks less what was given before.
+        (period, D) int64; each row sums to `block`, and after each row every dataset has its due to within less than one.
+        The first row is the largest-remainder apportionment of `block`; row k is that of what is due after k + 1 blocks less
+        what was given before. Where that strays by one or more somewhere (it can), the rows are those of `_by_deadline`.
     """
+    counts = _by_remainder(fractions, block, period)
+    due = fractions * (block * np.arange(1.0, period + 1))[:, None]
+    return counts if (np.abs(counts.cumsum(axis=0) - due) < 1).all() else _by_deadline(fractions, block, period)
+
+
+def _by_remainder(fractions: npt.NDArray[np.float64], block: int, period: int) -> npt.NDArray[np.int64]:
     counts = np.zeros((period, len(fractions)), np.int64)
     given = np.zeros(len(fractions), np.int64)
     for k in range(period):
@@ -126,4 +133,23 @@ def apportion(fractions: npt.NDArray[np.float64], block: int, period: int) -> np
             row[givers[:-missing]] -= 1
         counts[k] = row
         given += row
+    return counts
+
+
+def _by_deadline(fractions: npt.NDArray[np.float64], block: int, period: int) -> npt.NDArray[np.int64]:
+    """Tijdeman's chairman assignment: positions go to those that would otherwise be the first to lack one.
+
+    A dataset may take its j-th position once that leaves it at most 1 - d ahead of its due, and must before it is so far
+    behind, with d = 1 / (2 D - 2); earliest deadline first then always finds an assignment (Tijdeman, Discrete Math. 32, 1980).
+    """
+    spare = 1 / (2 * max(int((fractions > 0).sum()), 2) - 2)
+    counts = np.zeros((period, len(fractions)), np.int64)
+    given = np.zeros(len(fractions), np.int64)
+    for k in range(period):
+        free = np.floor(fractions * (block * (k + 1)) + 1 - spare + 1e-9).astype(np.int64) - given
+        owner = np.repeat(np.arange(len(fractions)), free)
+        nth = given[owner] + 1 + np.arange(len(owner)) - (np.cumsum(free) - free)[owner]
+        first = np.argsort((nth - spare) / fractions[owner], kind="stable")[:block]
+        counts[k] = np.bincount(owner[first], minlength=len(fractions))
+        given += counts[k]
     return counts
