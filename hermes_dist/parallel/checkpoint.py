@@ -71,10 +71,11 @@ class Checkpointer:
         self.telemetry: Telemetry | None = None
         """Where durations, size, age and failures are reported."""
 
-    def save(self, engine: Engine, state: dict[str, Any], step: int, *, best: bool = False) -> None:
+    def save(self, engine: Engine, state: dict[str, Any], step: int, *, best: bool = False, urgent: bool = False) -> None:
         """Write a checkpoint of `engine` and the JSON-able `state` of the caller, as `step_{step:08d}`.
 
-        `best`: it is the best so far, and is kept until a better one is complete.
+        `best`: it is the best so far, and is kept until a better one is complete. `urgent`: no steps follow, so that writing need
+        not make room for them.
         With `checkpoint.background` it returns once a snapshot is taken; `finish` or the next `save` waits for the file.
 
         Raises:
@@ -92,7 +93,9 @@ class Checkpointer:
         snapshot = take_snapshot(engine, copy=self._config.background)
         self._runtime.barrier()
         # A daemon: a rank that failed must be able to end although its writer waits for a peer that is gone.
-        job = threading.Thread(target=self._write, args=(temporary, snapshot, state, step, best), name="checkpoint", daemon=True)
+        behind = self._config.background and not urgent
+        arguments = (temporary, snapshot, state, step, best, behind)
+        job = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread = job
         job.start()
         if not self._config.background:
@@ -272,10 +275,11 @@ class Checkpointer:
         self._runtime.barrier()
         return self._ask_rank_0(lambda: read_state(stored))
 
-    def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int, best: bool) -> None:
+    def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int, best: bool, behind: bool) -> None:
         began = time.perf_counter()
-        with contextlib.suppress(OSError):  # Linux: of this thread only. Steps go first where all cores are busy
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
+        if behind:
+            with contextlib.suppress(OSError):  # Linux: of this thread only. Steps go first where all cores are busy
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         try:
             if self._runtime.rank == 0:
                 temporary.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from hermes_dist.stream import ray_reaper
 
 ray_utils: Any = utils
 ray_switches: Any = ray_constants
+REACHABLE: bool = ray_switches.ENABLE_RAY_CLUSTER
 START_LIMIT_S = 120.0
 LEAVE_LIMIT_S = 20.0
 JOIN_GRACE_S = 2.0
@@ -108,6 +109,7 @@ class Cluster:
             with contextlib.suppress(subprocess.TimeoutExpired):  # it goes on without us
                 self._reaper.wait(timeout=REAP_LIMIT_S)
         self._connected, self._mark, self._home, self._reaper = False, None, None, None
+        ray_switches.ENABLE_RAY_CLUSTER = REACHABLE
 
 
 def local_place(rank: int, world_size: int) -> tuple[int, int]:

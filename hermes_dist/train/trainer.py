@@ -145,7 +145,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                 due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
                 last = state.step == config.train.max_steps
                 if stop or due or last:
-                    checkpointer.save(engine, asdict(state), state.step)
+                    checkpointer.save(engine, asdict(state), state.step, urgent=stop or last)
                 # Long: whatever happens meanwhile, the checkpoint is safe. A run that is stopped has no time for it, and does
                 # it when it goes on; a run at its end does not go on.
                 if (last or not stop) and _evaluation_due(state, config):

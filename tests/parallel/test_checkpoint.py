@@ -13,6 +13,7 @@ from torch import nn
 
 from hermes_dist.config import CheckpointConfig
 from hermes_dist.errors import CheckpointError
+from hermes_dist.parallel import checkpoint
 from hermes_dist.parallel.checkpoint import Checkpointer, list_checkpoints, mark_best, read_weights
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.fragments import write_tensors
@@ -281,3 +282,18 @@ def test_an_old_one_that_cannot_be_deleted_does_not_fail_the_new_one(
     assert [c.step for c in list_checkpoints(tmp_path)] == [3, 2]
     save_some(tmp_path, runtime, steps=1)
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_writing_makes_room_for_steps_unless_none_follow(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(checkpoint.os, "setpriority", lambda which, who, niceness: asked.append(niceness))
+    checkpointer, engine = Checkpointer(tmp_path, CONFIG, runtime), make_engine(runtime)
+    checkpointer.save(engine, {}, 1)
+    checkpointer.finish()
+    assert asked == [checkpoint.WRITER_NICENESS]
+    checkpointer.save(engine, {}, 2, urgent=True)
+    checkpointer.finish()
+    assert asked == [checkpoint.WRITER_NICENESS]
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2, 1]
