@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from rich.progress import Progress
 from data_tools.references import RawReferences
 from hermes_dist.errors import exit_on_error
 from hermes_dist.parallel import runtime
-from hermes_dist.train.evaluate import Job, evaluate
+from hermes_dist.train.evaluate import Job, evaluate, others_before
 from hermes_dist.train.held_out import held_out_loss, write_held_out
 from hermes_dist.train.predict import load_run, use_cores
 from hermes_dist.train.report_scores import show
@@ -32,10 +33,11 @@ from hermes_dist.train.transfer import check_preprocessing
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory of launch/train.py or launch/import_published.py")
+    parser.add_argument("--checkpoint", default="newest", help="newest (default), best or a step")
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
     parser.add_argument("--raw", type=Path, help="collection file: score on the scans' own grids against the raw labels")
     parser.add_argument("--loss", type=int, metavar="N", help="only the loss, over N random patches → evaluation/SPLIT_loss.json")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--device", type=torch.device, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help='e.g. data.stores=["URL"]')
@@ -46,17 +48,19 @@ def main() -> int:
     args = arguments()
     console = Console() if sys.stdout.isatty() else Console(width=140)
     with exit_on_error():
-        run = load_run(args.run, torch.device(args.device) if args.device else None, args.overrides)
+        run = load_run(args.run, args.device, args.overrides, checkpoint=args.checkpoint)
         use_cores(args.threads)
         session = runtime.start(run.config) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
         stores, _, preprocessing = open_stores(run.config)
         check_preprocessing(args.run, preprocessing.model_dump(mode="json"))
         if args.loss:
             result = held_out_loss(run, stores, args.split, args.loss)
-            console.print(f"loss {result['loss']:.4f} over {result['samples']} patches: wrote {write_held_out(run, result)}")
+            print(f"{run}: loss {result['loss']:.4f} over {result['samples']} patches; wrote {write_held_out(run, result)}")
             return 0
         references = RawReferences(args.raw) if args.raw else None
         job = Job(args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references)
+        job = replace(job, checkpoint=run.checkpoint, chosen=run.chosen)
+        earlier = others_before(job)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
             line = bar.add_task("scans", total=None)
             result = evaluate(run.model, job, session, progress=lambda i, n, _: bar.update(line, completed=i, total=n))
@@ -65,7 +69,7 @@ def main() -> int:
         if result is None:
             return 0
         show(result, console)
-        console.print(f"wrote {job.out_dir / (args.split + '.json')}")
+        console.print(f"wrote {job.path}" + (f", in place of the scores of {earlier}" if earlier else ""))
         return 1 if result["failed"] else 0
     return 1
 

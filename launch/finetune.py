@@ -20,6 +20,7 @@ from hermes_dist.train.trainer import train
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", type=Path, required=True, dest="source", help="run directory whose weights are the start")
+    parser.add_argument("--checkpoint", default="newest", help="newest (default), best or a step: which of its checkpoints")
     parser.add_argument("--store", action="append", required=True, dest="stores", help="shard store with new data (repeatable)")
     parser.add_argument("--name", required=True, help="name of the new run, beside the old one")
     parser.add_argument("--mode", choices=("transfer", "incremental"), default="transfer")
@@ -27,7 +28,14 @@ def main() -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
     args = parser.parse_intermixed_args()
     with exit_on_error():
-        config = finetune_config(args.source, args.mode, stores=args.stores, name=args.name, overrides=args.overrides)
+        config = finetune_config(
+            args.source,
+            args.mode,
+            stores=args.stores,
+            name=args.name,
+            checkpoint=args.checkpoint,
+            overrides=args.overrides,
+        )
         session = runtime.start(config)
         try:
             result = train(config, session)

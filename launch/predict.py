@@ -24,12 +24,13 @@ from hermes_dist.train.predict import THRESHOLD, Target, TrainedRun, load_run, p
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="run directory of launch/train.py or launch/import_published.py")
+    parser.add_argument("--checkpoint", default="newest", help="newest (default), best or a step")
     parser.add_argument("--input", type=Path, required=True, help="a scan (nii, nrrd, mha), a DICOM series, or a folder of them")
     parser.add_argument("--modality", required=True, help="as trained, e.g. CT, T1, PET")
     parser.add_argument("--tasks", required=True, help="comma-separated classes, dataset/class names, or all")
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
     parser.add_argument("--multilabel", action="store_true", help="one label map instead of one file per task")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--device", type=torch.device, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. evaluate.overlap=0.75")
     return parser.parse_intermixed_args()
@@ -40,14 +41,8 @@ def predict_one(run: TrainedRun, path: Path, name: str, targets: list[Target], a
     scan = read_scan(path)
     found = predict_scan(run, scan.values(), scan.grid, modality=args.modality, targets=targets)
     masks = ((answer.target.name, answer.mask_zyx) for answer in found)
-    about = {
-        "scan": str(path),
-        "modality": args.modality,
-        "run": str(args.run),
-        "weights": run.weights_digest,
-        "threshold": THRESHOLD,
-        "findings": [finding.message for finding in scan.findings],
-    }
+    stated = {"scan": str(path), "modality": args.modality, "run": str(args.run), **run.about, "threshold": THRESHOLD}
+    about = stated | {"findings": [finding.message for finding in scan.findings]}
     write = write_multilabel if args.multilabel else write_separate
     return write(target_of(args.out, name, multilabel=args.multilabel), masks, scan.grid, like=path, about=about)
 
@@ -59,7 +54,8 @@ def main() -> int:
         scans = find_scans(args.input)
         check_targets(args.out, scans, source=args.input, multilabel=args.multilabel)
         use_cores(args.threads)
-        run = load_run(args.run, torch.device(args.device) if args.device else None, args.overrides)
+        run = load_run(args.run, args.device, args.overrides, checkpoint=args.checkpoint)
+        print(run, flush=True)
         targets = resolve_targets(run.tasks, [t.strip() for t in args.tasks.split(",") if t.strip()], args.modality)
         for name, path in scans.items():
             started = time.perf_counter()

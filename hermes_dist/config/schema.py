@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 Vox3 = tuple[int, int, int]
 Precision = Literal["fp32", "bf16"]
@@ -242,6 +242,8 @@ class TrainConfig(Section):
     """Weight averaging."""
     initial_weights: str | None = None
     """Start from these weights: a run directory or a .safetensors file (transfer, incremental learning)."""
+    initial_checkpoint: str | NonNegativeInt = "newest"
+    """Which checkpoint of the run in `initial_weights`: `newest`, `best` (highest mean Dice during training) or a step."""
     trainable: Literal["all", "new_tasks"] = "all"
     """`new_tasks`: everything that `initial_weights` brings stays frozen; only the new tasks' tokens learn."""
     max_skipped: int = Field(default=20, ge=0)

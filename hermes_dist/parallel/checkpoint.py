@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from hermes_dist.config import CheckpointConfig
 from hermes_dist.errors import CheckpointError, HermesError
@@ -41,8 +39,8 @@ from hermes_dist.parallel.stored import (
     await_checkpoint,
     list_checkpoints,
     mark_best,
-    open_checkpoint,
     prune,
+    read_extra,
     read_state,
     set_aside,
 )
@@ -334,47 +332,6 @@ class Checkpointer:
             prune(self._root, self._config, final.name)
         except OSError as error:  # the checkpoint is complete all the same
             print(f"warning: {self._root}: older checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
-
-
-def read_extra(stored: Stored, file: str, kind: str) -> dict[str, Tensor]:
-    """Whole tensors `kind/name` of one file, by name."""
-    return {k.partition("/")[2]: v for k, v in load_file(stored.path / file).items() if k.startswith(f"{kind}/")}
-
-
-def read_weights(run_dir: Path, ema: bool = True) -> dict[str, Tensor]:
-    """Whole weights of a run on the CPU, named as in the model's state dict.
-
-    Args:
-        run_dir: a run directory (its newest undamaged checkpoint, else its `weights.safetensors`), one checkpoint's directory,
-            or a safetensors file.
-        ema: the averaged weights where the run kept them.
-
-    Raises:
-        CheckpointError: there is nothing to read, or all of it is damaged.
-    """
-    if run_dir.is_file():
-        return load_file(run_dir)
-    candidates = [open_checkpoint(run_dir)] if (run_dir / "checkpoint.json").is_file() else list_checkpoints(run_dir)
-    for stored in candidates:
-        bad = stored.damaged_files()
-        if not bad:
-            return _assemble(stored, ema=ema)
-        print(f"warning: {stored.path / bad[0]} is damaged (size or checksum); trying the previous checkpoint", file=sys.stderr)
-    if (run_dir / "weights.safetensors").is_file():
-        return load_file(run_dir / "weights.safetensors")
-    raise CheckpointError(
-        f"{run_dir}: no undamaged checkpoint in checkpoints/ and no weights.safetensors; train it first, or name another run"
-    )
-
-
-def _assemble(stored: Stored, *, ema: bool) -> dict[str, Tensor]:
-    reader = stored.reader()
-    weights: dict[str, Tensor] = {}
-    for name, shape in stored.index["common"]["shapes"].items():
-        whole = torch.empty(shape)
-        reader.read_into(whole.view(-1), "ema" if ema and reader.has("ema", name) else "param", name, 0)
-        weights[name] = whole
-    return {**weights, **read_extra(stored, "rank_00000.safetensors", "buffer")}
 
 
 def _await_json(path: Path, limit_s: float) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from hermes_dist.config import CheckpointConfig
 from hermes_dist.errors import CheckpointError
 from hermes_dist.parallel.fragments import Fragment, FragmentReader, measure_file, write_bytes
@@ -119,7 +122,7 @@ def prune(root: Path, config: CheckpointConfig, committed: str) -> None:
             complete.append(open_checkpoint(path))
         except CheckpointError:
             continue  # reported, and left for a person to look at, wherever checkpoints are listed
-    best = (root / "best").read_text().strip() if (root / "best").is_file() else None
+    best = best_name(root.parent)
     kept_time = float("-inf")
     for stored in complete[: -config.keep]:
         hourly = config.keep_every_hours is not None and stored.index["time"] - kept_time >= config.keep_every_hours * 3600
@@ -135,6 +138,17 @@ def read_state(stored: Stored) -> dict[str, Any]:
         return json.loads((stored.path / AMENDED).read_bytes())
     except (OSError, ValueError):  # there is none, or it is damaged: it only adds to the other
         return stored.index["state"]
+
+
+def read_extra(stored: Stored, file: str, kind: str) -> dict[str, Tensor]:
+    """Whole tensors `kind/name` of one file, by name."""
+    return {k.partition("/")[2]: v for k, v in load_file(stored.path / file).items() if k.startswith(f"{kind}/")}
+
+
+def best_name(run_dir: Path) -> str | None:
+    """Name of the checkpoint that `mark_best` marked, if any."""
+    mark = run_dir / "checkpoints" / "best"
+    return mark.read_text().strip() if mark.is_file() else None
 
 
 def mark_best(run_dir: Path, step: int) -> None:

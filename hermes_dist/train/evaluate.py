@@ -10,9 +10,11 @@ worker cannot hang the others. The model is a plain whole copy, also under ZeRO-
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -45,11 +47,15 @@ from hermes_dist.volume.geometry import Placement
 Reference = Callable[[ManifestRow], npt.NDArray[np.integer[Any]] | None]
 """The raw label map of a case on its original grid (array axes Z Y X), or None where it is not at hand."""
 Progress = Callable[[int, int, str], None]
+SLICES = "slices"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is evaluated, apart from the model. `weights_digest` names the weights; `references` gives raw label maps."""
+    """What is evaluated, apart from the model. `weights_digest` names the weights; `references` gives raw label maps.
+
+    `checkpoint` and `chosen` say where the weights came from (see `TrainedRun`): they are stated with the results.
+    """
 
     run_dir: Path
     config: Config
@@ -59,11 +65,23 @@ class Job:
     weights_digest: str
     references: Reference | None = None
     pictures: bool = True
+    checkpoint: str = ""
+    chosen: str = ""
 
     @property
     def out_dir(self) -> Path:
         """`RUN/evaluation`."""
         return self.run_dir / "evaluation"
+
+    @property
+    def path(self) -> Path:
+        """`RUN/evaluation/SPLIT.json`."""
+        return self.out_dir / f"{self.split}.json"
+
+    @property
+    def work_dir(self) -> Path:
+        """What is finished so far, pictures too: results of other weights or settings are never among it."""
+        return self.out_dir / f".work-{self.split}-{self.fingerprint}"
 
     @property
     def fingerprint(self) -> str:
@@ -138,9 +156,10 @@ def evaluate(
     """
     rank = runtime.rank if runtime else 0
     cases = find_cases(job)
-    queue = WorkQueue(job.out_dir / f".work-{job.split}-{job.fingerprint}", len(cases))
+    queue = WorkQueue(job.work_dir, len(cases))
     if rank == 0:
         queue.prepare()
+        (job.work_dir / SLICES).mkdir(exist_ok=True)
     if runtime:
         runtime.barrier()
     done = 0
@@ -157,7 +176,12 @@ def evaluate(
     if rank:
         return None
     result = _summary(job, cases, queue.results())
-    write_json(job.out_dir / f"{job.split}.json", result)
+    shown = job.out_dir / f"{job.split}.{SLICES}"
+    if job.pictures:
+        shutil.rmtree(shown, ignore_errors=True)  # of earlier weights, perhaps: first, so that a kill leaves none of those
+    write_json(job.path, result)
+    if job.pictures:
+        os.replace(job.work_dir / SLICES, shown)
     queue.remove()
     return result
 
@@ -180,9 +204,9 @@ def evaluate_during_training(
     with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
         # Building a model draws numbers: training must go on as if nothing had happened, since a resumed run evaluates nothing.
         model = predict.load_model(config, tasks, weights, runtime.device, source=f"step {step}")
-    job = Job(
-        config.run_dir, config, stores, tasks, config.evaluate.split, f"step{step}-{predict.digest(weights)}", pictures=False
-    )
+    name = f"step{step}-{predict.digest(weights)}"
+    job = Job(config.run_dir, config, stores, tasks, config.evaluate.split, name, pictures=False)
+    job = replace(job, checkpoint=f"step_{step:08d}", chosen="during training")
     result = evaluate(model, job, runtime)
     if result is None:
         return None
@@ -202,6 +226,16 @@ def evaluate_during_training(
     mean = result["mean"]["dice"]
     runtime.say(f"step {step}: mean Dice on {job.split} {'–' if mean is None else format(mean, '.3f')} in {seconds:.0f} s")
     return mean
+
+
+def others_before(job: Job) -> str:
+    """What `evaluation/<split>.json` holds already, if that is about other weights than these; else nothing."""
+    try:
+        earlier = json.loads(job.path.read_text())
+        same = earlier["weights"] == job.weights_digest
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+        return ""
+    return "" if same else f"{earlier.get('checkpoint') or 'another checkpoint'} (weights {earlier['weights']})"
 
 
 def class_mask(label: npt.NDArray[np.integer[Any]], task: TaskClass) -> npt.NDArray[np.bool_]:
@@ -256,7 +290,8 @@ def score_scan(model: nn.Module, job: Job, case: Case) -> list[ClassScore]:
         scores.append(ClassScore(case.dataset.name, case.row.case_id, task.name, task.task_id, grid, score))
     if job.pictures:  # of the stored grid: its voxels are square
         masks = [(t.name, stored_mask(i), class_mask(stored_label, t)) for i, t in enumerate(case.dataset.classes)]
-        save_slice(job.out_dir / f"{job.split}.slices", case.row.name, image, masks, case.row.spacing_mm_zyx)
+        with contextlib.suppress(FileNotFoundError):  # worker 0 has everything and removed the folder
+            save_slice(job.work_dir / SLICES, case.row.name, image, masks, case.row.spacing_mm_zyx)
     return scores
 
 
@@ -275,7 +310,8 @@ def _summary(job: Job, cases: Sequence[Case], rows: Sequence[dict[str, Any]]) ->
         "grid": "original: the scan's own grid and raw reference; stored: the resampled grid and the reference resampled with it",
     }
     failed = [row["failed"] for row in rows if "failed" in row]
-    about = {"split": job.split, "weights": job.weights_digest, "n_cases": len(cases)}
+    about = {"split": job.split, "weights": job.weights_digest, "checkpoint": job.checkpoint, "chosen": job.chosen}
+    about |= {"n_cases": len(cases)}
     return about | result | {"failed": failed, "cases": [s.to_json() for s in scores]}
 
 

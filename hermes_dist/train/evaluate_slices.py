@@ -48,7 +48,7 @@ def telling_plane(masks: Sequence[MaskPair]) -> int:
 def save_slice(
     folder: Path, case: str, image: npt.NDArray[np.float32], masks: Sequence[MaskPair], spacing_mm_zyx: tuple[float, float, float]
 ) -> Path:
-    """Write the most telling axial slice of a scan, atomically; returns the file."""
+    """Write the most telling axial slice of a scan into an existing folder, atomically; returns the file."""
     z = telling_plane(masks)
     plane = image[z].astype(np.float32)
     low, high = (float(v) for v in np.percentile(plane, [0.5, 99.5]))
@@ -64,7 +64,6 @@ def save_slice(
         reference=np.packbits([r[z] for _, _, r in masks], axis=0),
         spacing_mm_yx=np.array(spacing_mm_zyx[1:]),
     )
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', case)}.npz"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(buffer.getvalue())

@@ -16,8 +16,16 @@ from hermes_dist.errors import ConfigError
 Mode = Literal["transfer", "incremental"]
 
 
-def finetune_config(source: Path, mode: Mode, *, stores: Sequence[str], name: str, overrides: Sequence[str] = ()) -> Config:
-    """The source run's configuration with new stores and name, started from its weights.
+def finetune_config(
+    source: Path,
+    mode: Mode,
+    *,
+    stores: Sequence[str],
+    name: str,
+    checkpoint: str = "newest",
+    overrides: Sequence[str] = (),
+) -> Config:
+    """The source run's configuration with new stores and name, started from its weights: those of `checkpoint`.
 
     What names the old datasets (mixture weights, class weights) is dropped. Incremental runs have neither weight decay nor
     modality loss: both would pull on what is frozen. Overrides come last.
@@ -32,6 +40,7 @@ def finetune_config(source: Path, mode: Mode, *, stores: Sequence[str], name: st
     data["data"]["mixture"]["weights"] = None
     data["data"]["foreground"]["class_weights"] = {}
     data["train"] |= {"initial_weights": str(source), "trainable": "all" if mode == "transfer" else "new_tasks"}
+    data["train"]["initial_checkpoint"] = int(checkpoint) if checkpoint.isdecimal() else checkpoint
     if mode == "incremental":
         data["optimizer"]["weight_decay"] = 0.0
         data["loss"]["modality_weight"] = 0.0

@@ -53,7 +53,7 @@ def held_out_loss(run: TrainedRun, stores: Sequence[ShardStore], split: str, sam
         "loss_bce": bce / count,
         "loss_dice": dice / count,
         "loss_modality": modality,
-        "weights": run.weights_digest,
+        **run.about,
     }
 
 

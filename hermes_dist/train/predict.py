@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hermes_dist.config import Config, EvaluateConfig, load_config
 from hermes_dist.errors import CheckpointError, ConfigError, DataError, TaskError, nearest
 from hermes_dist.models import build_model
-from hermes_dist.parallel.checkpoint import read_weights
+from hermes_dist.parallel.weights import NEWEST, open_weights
 from hermes_dist.seg import sliding_window
 from hermes_dist.tasks import DatasetTasks, TaskClass, TaskTable
 from hermes_dist.train.step import ask
@@ -48,6 +48,18 @@ class TrainedRun:
     model: nn.Module
     device: torch.device
     weights_digest: str
+    checkpoint: str
+    """Name of what the weights were read from: `step_00002000`, `weights.safetensors`."""
+    chosen: str
+    """What was asked for: `newest`, `best` or a step."""
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What results state about their weights, JSON-able."""
+        return {"weights": self.weights_digest, "checkpoint": self.checkpoint, "chosen": self.chosen}
+
+    def __str__(self) -> str:
+        return f"{self.run_dir}: {self.checkpoint} ({self.chosen}), weights {self.weights_digest}"
 
 
 @dataclass(frozen=True)
@@ -76,14 +88,18 @@ class TaskMask:
     mask_zyx: npt.NDArray[np.bool_]
 
 
-def load_run(run_dir: Path, device: torch.device | None = None, overrides: Sequence[str] = ()) -> TrainedRun:
+def load_run(
+    run_dir: Path, device: torch.device | None = None, overrides: Sequence[str] = (), *, checkpoint: str | int = NEWEST
+) -> TrainedRun:
     """Open a run directory (of `launch/train.py` or `launch/import_published.py`) with its averaged weights.
 
-    `overrides` are `section.key=value` changes to its config.json, e.g. `evaluate.overlap=0.75`.
+    `overrides` are `section.key=value` changes to its config.json, e.g. `evaluate.overlap=0.75`; `checkpoint` is `newest`,
+    `best` or a step.
 
     Raises:
         ConfigError: the directory or one of its files is missing or unreadable.
-        CheckpointError: there are no complete weights, or they do not fit the run's configuration and task table.
+        CheckpointError: there are no complete weights, no such checkpoint, or weights that do not fit the run's configuration
+            and task table.
     """
     if not run_dir.is_dir():
         beside = [str(p.parent / p.name) for p in run_dir.parent.glob("*")] if run_dir.parent.is_dir() else []
@@ -96,9 +112,10 @@ def load_run(run_dir: Path, device: torch.device | None = None, overrides: Seque
     except ValidationError as error:
         raise ConfigError(f"{described}: {error}") from None
     device = device or default_device()
-    weights = read_weights(run_dir, ema=True)
-    model = load_model(config, tasks, weights, device, source=str(run_dir))
-    return TrainedRun(run_dir, config, tasks, preprocessing, model, device, digest(weights))
+    weights = open_weights(run_dir, checkpoint)
+    model = load_model(config, tasks, weights.tensors, device, source=str(run_dir))
+    name = digest(weights.tensors)
+    return TrainedRun(run_dir, config, tasks, preprocessing, model, device, name, weights.checkpoint, weights.chosen)
 
 
 def default_device() -> torch.device:

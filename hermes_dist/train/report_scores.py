@@ -43,12 +43,19 @@ def show(result: Json, console: Console) -> None:
         cells = [row["dataset"], row["task"], str(row["n"]), score(row["dice"]), interval(row["dice_ci"]), score(row["nsd"])]
         table.add_row(*cells, score(row["hd95_mm"], "{:.1f}"), str(row["missed"]), str(row["false_alarms"]))
     console.print(table)
+    console.print(about_weights(result))
     policy = result["policy"]
     console.print(
         f"empty references: {policy['empty_reference']} ({policy['meaning']}); cases by grid: {policy['cases_by_grid']}"
     )
     for failure in result["failed"]:
         console.print(f"not scored: {failure['dataset']}/{failure['case_id']}: {failure['reason']}")
+
+
+def about_weights(result: Json) -> str:
+    """Which checkpoint a table is about. Results of earlier versions name the weights only."""
+    checkpoint = f"{result['checkpoint']} ({result['chosen']}), " if result.get("checkpoint") else ""
+    return f"checkpoint: {checkpoint}weights {result['weights']}"
 
 
 def score(value: float | None, form: str = "{:.3f}") -> str:
@@ -66,6 +73,7 @@ def _notes(result: Json) -> list[str]:
     three = ", ".join(f"{escape(k)} {score(v)}" for k, v in result["mean"]["dice_by_policy"].items())
     grids = escape(json.dumps(result["policy"].get("cases_by_grid", {})))
     notes = [
+        f"{escape(about_weights(result).capitalize())}.",
         f"Empty references: <b>{policy['empty_reference']}</b> ({policy['meaning']}). Mean Dice under each policy: {three}.",
         f"NSD: {policy['nsd']}. HD95: {policy['hd95_mm']}. Mean: {policy['mean']}. Intervals: {policy['ci']}.",
         f"Whole scans of the {escape(result['split'])} split, never cropped with the reference; cases by grid: {grids}.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,8 +72,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     tasks = transfer.extend(config.train, tasks)
     fresh = TrainState(seed=config.run.seed, tasks_digest=tasks.digest, collection_digest=run_directory.collection_digest(stores))
     # Whatever can be found wrong in the configuration is found before anything is written.
-    if config.train.initial_weights is not None:
-        transfer.check_preprocessing(Path(config.train.initial_weights), preprocessing.model_dump(mode="json"))
+    transfer.check_source(config.train, preprocessing.model_dump(mode="json"))
     plan = build_reader(config, stores, tasks)[0].plan
     if config.evaluate.every_steps:
         find_cases(Job(config.run_dir, config, stores, tasks, config.evaluate.split, ""))
@@ -84,7 +82,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     runtime.barrier()
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, tasks)
-    transfer.initialise(model, config, tasks)
+    initial = transfer.initialise(model, config, tasks)
     apply_activation_checkpointing(model, config.train.activation_checkpointing, config.train.offload_activations)
     if config.train.compile:
         compile_blocks(model)
@@ -92,6 +90,8 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     checkpointer = Checkpointer(config.run_dir, config.checkpoint, runtime)
     saved = checkpointer.load(engine, config.run.resume)
     state = _restore(saved, fresh, config)
+    if saved is None and initial is not None:
+        runtime.say(initial)
     telemetry = Telemetry(config.run_dir, config.monitor, runtime.rank, runtime.world_size, config.run.name)
     telemetry.resume(state.step)
     telemetry.declare([tasks.datasets[group.dataset] for group in plan.groups])

@@ -11,7 +11,7 @@ zero, and without weight decay no optimizer here moves a row whose gradients wer
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hermes_dist.config import Config, TrainConfig
 from hermes_dist.errors import CheckpointError, ConfigError
-from hermes_dist.parallel.checkpoint import read_weights
+from hermes_dist.parallel.weights import Weights, find_checkpoints, open_weights
 from hermes_dist.tasks import DatasetTasks, TaskTable
 
 Rows = list[tuple[int, int]]
@@ -63,18 +63,37 @@ def _values(dataset: DatasetTasks) -> dict[str, list[int]]:
     return {**{c.name: list(c.values) for c in dataset.classes}, "ignored": ignored}
 
 
-def initialise(model: nn.Module, config: Config, tasks: TaskTable) -> None:
-    """Load `train.initial_weights` into the model, if any, and freeze what `train.trainable` says.
+def check_source(config: TrainConfig, preprocessing: dict[str, Any]) -> None:
+    """Find what is wrong with `train.initial_weights` and `train.initial_checkpoint` before anything is written.
 
     Raises:
-        CheckpointError: the weights are of another architecture; names the first tensor and both shapes.
+        ConfigError: the stores were converted otherwise (see `check_preprocessing`), or a checkpoint is chosen and no run.
+        CheckpointError: the run has no such checkpoint.
+    """
+    if config.initial_weights is not None:
+        check_preprocessing(Path(config.initial_weights), preprocessing)
+        find_checkpoints(Path(config.initial_weights), config.initial_checkpoint)
+    elif config.initial_checkpoint != "newest":
+        raise ConfigError(
+            f"train.initial_checkpoint = {config.initial_checkpoint!r}, but train.initial_weights names no run; "
+            "name it, or leave both out"
+        )
+
+
+def initialise(model: nn.Module, config: Config, tasks: TaskTable) -> str | None:
+    """Load `train.initial_weights` into the model, if any, and freeze what `train.trainable` says.
+
+    Returns a line that says what was loaded, and what keeps its initial values.
+
+    Raises:
+        CheckpointError: the weights are of another architecture (names the first tensor and both shapes), or there are none.
         ConfigError: incremental learning with weight decay, which would move frozen rows.
     """
     if config.train.initial_weights is None:
-        return
+        return None
     source = Path(config.train.initial_weights)
-    weights = read_weights(source)
-    row_map = _row_map(read_tasks(source), tasks)
+    read, known = open_weights(source, config.train.initial_checkpoint), read_tasks(source)
+    weights, row_map = read.tensors, _row_map(known, tasks)
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
@@ -92,6 +111,34 @@ def initialise(model: nn.Module, config: Config, tasks: TaskTable) -> None:
                 f"optimizer.weight_decay = {config.optimizer.weight_decay} would change frozen rows; set it to 0 for new_tasks"
             )
         _freeze_known(model, row_map)
+    partial = [name for name, tensor in own.items() if (rows := row_map(name)) is not None and len(rows) < len(tensor)]
+    return f"initial weights: {source}, {_loaded(read, known, tasks, list(own), partial)}"
+
+
+def _loaded(read: Weights, known: TaskTable, tasks: TaskTable, own: Sequence[str], partial: Sequence[str]) -> str:
+    """What came along and what did not; `partial`: tensors with rows that keep their initial values."""
+    here, there = (tuple(f"{d.name}/{c.name}" for d in table.datasets for c in d.classes) for table in (tasks, known))
+    initial = {
+        "tasks": _only(here, there),
+        "modalities": _only(tasks.modalities, known.modalities),
+        "tensors with such rows": list(partial),
+    }
+    left = {
+        "tasks": _only(there, here),
+        "modalities": _only(known.modalities, tasks.modalities),
+        "tensors": _only(tuple(read.tensors), own),
+    }
+    return f"{read}: {len(own)} tensors loaded; at their initial values: {_counted(initial)}; left behind: {_counted(left)}"
+
+
+def _only(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    return [name for name in names if name not in others]
+
+
+def _counted(groups: dict[str, list[str]], shown: int = 3) -> str:
+    """How many of each, and the first names: `tasks 4 (a/b, a/c, a/d, …), tensors 0`."""
+    names = {kind: ", ".join([*found[:shown], "…"] if len(found) > shown else found) for kind, found in groups.items()}
+    return ", ".join(f"{kind} {len(found)}" + (f" ({names[kind]})" if found else "") for kind, found in groups.items())
 
 
 def check_preprocessing(source: Path, preprocessing: dict[str, Any]) -> None:

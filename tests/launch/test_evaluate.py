@@ -14,7 +14,7 @@ import pytest
 from hermes_dist.errors import CorruptShardError
 from hermes_dist.shards.store import ShardStore
 from launch import evaluate
-from tests.train.tiny_run import make_run, make_store
+from tests.train.tiny_run import add_checkpoints, make_run, make_store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +52,31 @@ def test_table_and_file(command, run):
     assert f"{result['mean']['dice']:.3f}" in out
     assert "empty references: count" in out
     assert str(run / "evaluation" / "test.json") in out
+
+
+def test_a_table_says_which_checkpoint_it_is_about(command, tmp_path):
+    make_store(tmp_path / "store")
+    run = make_run(tmp_path, data={"patch_vox_zyx": [32, 32, 32], "stores": [str(tmp_path / "store")]})
+    add_checkpoints(run, [10, 20], best=10)
+    file, about = run / "evaluation" / "test.json", {}
+    for asked, step in (("newest", 20), ("best", 10), ("20", 20), ("10", 10)):
+        code, out, err = command("--run", run, *([] if asked == "newest" else ["--checkpoint", asked]))
+        assert code == 0, err
+        result = json.loads(file.read_text())
+        assert (result["checkpoint"], result["chosen"]) == (f"step_{step:08d}", asked)
+        assert f"checkpoint: step_{step:08d} ({asked}), weights {result['weights']}" in out
+        assert ("in place of the scores of step_" in out) == bool(about), "each differs from the one before"
+        about.setdefault(step, result["weights"])
+        assert about[step] == result["weights"]
+    assert about[10] != about[20]
+    code, _, err = command("--run", run, "--checkpoint", "15")
+    assert code == 1
+    assert "no checkpoint '15'; there are checkpoints of the steps 10 (best), 20." in err
+    code, out, err = command("--run", run, "--checkpoint", "best", "--loss", "4", "--split", "train")
+    assert code == 0, err
+    held_out = json.loads((run / "evaluation" / "train_loss.json").read_text())
+    assert (held_out["checkpoint"], held_out["chosen"], held_out["weights"]) == ("step_00000010", "best", about[10])
+    assert "step_00000010 (best)" in out
 
 
 def test_overrides_change_the_policy(command, run):

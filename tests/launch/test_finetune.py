@@ -49,6 +49,9 @@ def test_the_new_configuration(tmp_path):
     assert (config.data.stores, config.data.mixture.weights, config.optimizer.lr) == (("s3://b/new",), None, 1e-4)
     assert (config.train.initial_weights, config.train.trainable) == (str(run), "all")
     assert config.model == predict.load_run(run).config.model
+    for asked, step in (("newest", "newest"), ("best", "best"), ("20", 20)):
+        chosen = finetune_config(run, "transfer", stores=["x"], name="next", checkpoint=asked)
+        assert chosen.train.initial_checkpoint == step
     frozen = finetune_config(run, "incremental", stores=["x"], name="next")
     assert (frozen.train.trainable, frozen.optimizer.weight_decay, frozen.loss.modality_weight) == ("new_tasks", 0, 0)
 
@@ -114,6 +117,8 @@ def test_transfer_moves_all_weights_and_answers_the_new_tasks(tmp_path):
     run, store = make_run(tmp_path), new_store(tmp_path / "new")
     done = launch(run, store, "moved", "optimizer.lr=0.01")
     assert done.returncode == 0, done.stderr
+    assert f"initial weights: {run}, weights.safetensors (newest): " in done.stderr
+    assert "at their initial values: tasks 2 (pancreas/pancreas, pancreas/cyst), modalities 0, tensors" in done.stderr
     moved = predict.load_run(tmp_path / "moved", torch.device("cpu"))
     assert [d.name for d in moved.tasks.datasets] == ["pancreas"]
     old = predict.load_run(run, torch.device("cpu")).model.state_dict()

@@ -21,7 +21,7 @@ from data_tools.sources.raw import RawVolume
 from hermes_dist.errors import SourceError
 from hermes_dist.volume.geometry import Grid
 from launch import predict
-from tests.train.tiny_run import make_run
+from tests.train.tiny_run import add_checkpoints, make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE_XYZ = (26, 30, 22)
@@ -89,6 +89,24 @@ def test_one_file_per_task_on_the_scans_grid(command, run, scan, tmp_path):
     assert sidecar["tasks"][1]["voxels"] == values.sum()
     assert sidecar["tasks"][1]["volume_ml"] == pytest.approx(values.sum() * abs(np.linalg.det(mask.affine)) / 1000, abs=1e-3)
     assert (sidecar["modality"], sidecar["threshold"], sidecar["run"]) == ("CT", 0.5, str(run))
+
+
+def test_masks_say_which_checkpoint_they_are_of(command, scan, tmp_path):
+    run = make_run(tmp_path)
+    add_checkpoints(run, [10, 20], best=10)
+    line = ["--run", run, "--input", scan, "--modality", "CT", "--tasks", "organs/liver", "--out", tmp_path / "m"]
+    digests = set()
+    for more, step in ((["--checkpoint", "best"], 10), ([], 20)):
+        done = command(*line, *more)
+        assert done.returncode == 0, done.stderr
+        stated = json.loads((tmp_path / "m" / "case7" / "prediction.json").read_text())
+        assert (stated["checkpoint"], stated["chosen"]) == (f"step_{step:08d}", more[-1] if more else "newest")
+        assert f"{run}: step_{step:08d} ({stated['chosen']}), weights {stated['weights']}" in done.stdout
+        digests.add(stated["weights"])
+    assert len(digests) == 2
+    done = command(*line, "--checkpoint", "30")
+    assert done.returncode == 1
+    assert "there are checkpoints of the steps 10 (best), 20." in done.stderr
 
 
 def test_a_folder_of_formats_as_label_maps(command, run, scan, tmp_path):

@@ -14,10 +14,11 @@ from torch import nn
 from hermes_dist.config import CheckpointConfig
 from hermes_dist.errors import CheckpointError
 from hermes_dist.parallel import checkpoint
-from hermes_dist.parallel.checkpoint import Checkpointer, list_checkpoints, mark_best, read_weights
+from hermes_dist.parallel.checkpoint import Checkpointer, list_checkpoints, mark_best
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.fragments import write_tensors
 from hermes_dist.parallel.runtime import Runtime
+from hermes_dist.parallel.weights import read_weights
 from tests.parallel.conftest import make_config, make_engine, train_steps
 
 CONFIG = CheckpointConfig(keep=2)

@@ -223,6 +223,43 @@ def test_slice_of_an_empty_case(tmp_path):
     assert not read_slice(path).reference.any()
 
 
+def test_results_say_which_checkpoint_they_are_about(job):
+    first = replace(job, checkpoint="step_00000010", chosen="10")
+    assert ev.others_before(first) == ""
+    ev.evaluate(Oracle(TASKS).eval(), first)
+    written = json.loads(job.path.read_text())
+    assert (written["checkpoint"], written["chosen"], written["weights"]) == ("step_00000010", "10", "0123")
+    assert ev.others_before(first) == ""
+    assert ev.others_before(replace(first, weights_digest="4567")) == "step_00000010 (weights 0123)"
+    job.path.write_text("{")
+    assert ev.others_before(first) == ""
+
+
+def test_pictures_of_two_checkpoints_are_never_mixed(job, monkeypatch):
+    """A is interrupted, B runs to its end, A goes on: all pictures are A's, also of the scans it did before B."""
+    plain = ev.score_scan
+
+    def interrupted(model, of, case):
+        if case.row.case_id == "b2":
+            raise KeyboardInterrupt
+        return plain(model, of, case)
+
+    a, b = job, replace(job, weights_digest="4567")
+    monkeypatch.setattr(ev, "score_scan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ev.evaluate(Oracle(TASKS).eval(), a)
+    assert not (job.out_dir / "test.slices").exists()
+    monkeypatch.setattr(ev, "score_scan", plain)
+    ev.evaluate(Oracle(TASKS, shift=3).eval(), b)
+    ev.evaluate(Oracle(TASKS).eval(), a)
+    pieces = [read_slice(path) for path in (job.out_dir / "test.slices").iterdir()]
+    assert len(pieces) == 4
+    assert all(np.array_equal(piece.prediction, piece.reference) for piece in pieces)
+    small = replace(b, config=job.config.model_copy(update={"evaluate": EvaluateConfig(max_cases=1)}))
+    ev.evaluate(Oracle(TASKS).eval(), small)
+    assert len(list((job.out_dir / "test.slices").iterdir())) == 2, "those of the larger evaluation are gone"
+
+
 # The queue
 
 

@@ -25,7 +25,9 @@ from tests.train.tiny_run import TASKS, Oracle, make_config, make_store
 def opened(folder: Path, model: nn.Module, **sections: dict) -> TrainedRun:
     config = make_config(folder, data={"patch_vox_zyx": [32, 32, 32]}, **sections)
     config.run_dir.mkdir(exist_ok=True)
-    return TrainedRun(config.run_dir, config, TASKS, Preprocessing(), model.eval(), torch.device("cpu"), "digest")
+    return TrainedRun(
+        config.run_dir, config, TASKS, Preprocessing(), model.eval(), torch.device("cpu"), "digest", "step_00000007", "7"
+    )
 
 
 def test_who_knows_the_answer_has_no_loss_and_who_is_off_has_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hermes_dist.config import Config, resolve, validate
+from hermes_dist.config import Config, TrainConfig, resolve, validate
 from hermes_dist.errors import CheckpointError, ConfigError
 from hermes_dist.models import build_model
+from hermes_dist.parallel.weights import read_weights
 from hermes_dist.tasks import TaskTable
 from hermes_dist.train import transfer
-from tests.train.tiny_run import TASKS, make_config, make_run
+from hermes_dist.volume.preprocess import Preprocessing
+from tests.train.tiny_run import TASKS, add_checkpoints, make_config, make_run
 
 NEW = TaskTable.build([("pancreas", "CT", "abdomen", [("pancreas", [1]), ("cyst", [2])], None)])
 OTHER_MODALITY = TaskTable.build([("pelvis", "T2", "pelvis", [("prostate", [1])], None)])
@@ -27,7 +29,7 @@ def config_from(run: Path, tmp_path: Path, trainable: str = "all", **sections: d
 
 def old_model(run: Path) -> torch.nn.Module:
     model = build_model(make_config(run.parent).model, TASKS)
-    model.load_state_dict(transfer.read_weights(run))
+    model.load_state_dict(read_weights(run))
     return model.eval()
 
 
@@ -48,6 +50,49 @@ def test_rows_follow_their_names(tmp_path):
     torch.testing.assert_close(new["modality_head.fc2.weight"][:2], old["modality_head.fc2.weight"], rtol=0, atol=0)
     torch.testing.assert_close(new["head.fc1.weight"], old["head.fc1.weight"], rtol=0, atol=0)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_was_loaded_and_what_was_not_is_said(tmp_path):
+    run = make_run(tmp_path)
+    config = config_from(run, tmp_path)
+    organs = TaskTable.build([("organs", "CT", "abdomen", [("liver", [1]), ("tumour", [2])], None)])
+    tasks = TaskTable.merge([organs, NEW, OTHER_MODALITY])
+    model = build_model(config.model, tasks)
+    line = transfer.initialise(model, config, tasks)
+    tables = [
+        name for name, old in old_model(run).state_dict().items() if ".task" in name or ".modality" in name or "fc2" in name
+    ]
+    assert line is not None
+    assert line.startswith(f"initial weights: {run}, weights.safetensors (newest): {len(model.state_dict())} tensors loaded; at")
+    assert (
+        "values: tasks 3 (pancreas/pancreas, pancreas/cyst, pelvis/prostate), modalities 1 (T2), tensors with such rows" in line
+    )
+    partial = [name for name in tables if "head.fc2" not in name or name.startswith("modality_head")]
+    assert f"rows {len(partial)} ({', '.join(partial[:3])}, …); left behind: " in line
+    assert line.endswith("left behind: tasks 2 (brains/stem, brains/liver), modalities 1 (T1), tensors 0")
+    same = transfer.initialise(build_model(config.model, TASKS), config, TASKS)
+    assert same is not None
+    assert "at their initial values: tasks 0, modalities 0, tensors with such rows 0; left behind: tasks 0, mod" in same
+
+
+def test_a_checkpoint_of_the_source_can_be_chosen(tmp_path):
+    run = make_run(tmp_path)
+    add_checkpoints(run, [10, 20], best=10)
+    plain = Preprocessing().model_dump(mode="json")
+    weights = {}
+    for asked, name in (("best", "step_00000010 (best)"), (10, "step_00000010 (10)"), ("newest", "step_00000020 (newest)")):
+        config = validate({"train": {"initial_weights": str(run), "initial_checkpoint": asked}}).train
+        config = config_from(run, tmp_path).model_copy(update={"train": config})
+        transfer.check_source(config.train, plain)
+        model = build_model(config.model, TASKS)
+        assert f"{run}, {name}: " in str(transfer.initialise(model, config, TASKS))
+        weights[asked] = model.state_dict()["head.fc1.weight"]
+    assert torch.equal(weights["best"], weights[10])
+    assert not torch.equal(weights["best"], weights["newest"])
+    with pytest.raises(CheckpointError, match=r"no checkpoint '15'; there are checkpoints of the steps 10 \(best\), 20\."):
+        transfer.check_source(TrainConfig(initial_weights=str(run), initial_checkpoint=15), plain)
+    with pytest.raises(ConfigError, match=r"train.initial_checkpoint = 'best', but train.initial_weights names no run"):
+        transfer.check_source(TrainConfig(initial_checkpoint="best"), plain)
 
 
 def test_extended_table_keeps_old_ids(tmp_path):
@@ -84,7 +129,7 @@ def test_only_new_rows_learn_and_old_outputs_keep_their_bits(tmp_path, method, n
         kept = 2 if key.endswith("modality") else 4
         assert torch.equal(model.state_dict()[key][:kept], before[key][:kept])
     old = old_model(run) if method == "hermes" else build_model(config.model, TASKS).eval()
-    old.load_state_dict(transfer.read_weights(run))
+    old.load_state_dict(read_weights(run))
     with torch.no_grad():
         asked = image, torch.tensor([[0, 1]]), torch.tensor([0])
         assert torch.equal(model.eval()(*asked).mask_logits, old(*asked).mask_logits)

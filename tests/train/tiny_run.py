@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hermes_dist.config import Config, resolve, validate
+from hermes_dist.config import Config, load_config, resolve, validate
+from hermes_dist.models import build_model
 from hermes_dist.models.output import ModelOutput
+from hermes_dist.parallel.fragments import Fragment, write_tensors
+from hermes_dist.parallel.stored import FORMAT, mark_best
 from hermes_dist.shards.case import CaseRecord
 from hermes_dist.shards.store import ShardStore, create_store, open_store
 from hermes_dist.tasks import TaskTable
@@ -82,10 +87,6 @@ def make_config(folder: Path, **sections: dict) -> Config:
 
 def make_run(folder: Path, tasks: TaskTable = TASKS, **sections: dict) -> Path:
     """A run directory with random weights of a real small Hermes-R (window 32³)."""
-    from safetensors.torch import save_file
-
-    from hermes_dist.models import build_model
-
     sections = {"data": {"patch_vox_zyx": [32, 32, 32]}, **sections}
     config = make_config(folder, **sections)
     run = config.run_dir
@@ -96,3 +97,21 @@ def make_run(folder: Path, tasks: TaskTable = TASKS, **sections: dict) -> Path:
     (run / "tasks.json").write_text(json.dumps(tasks.to_json()))
     (run / "preprocessing.json").write_text(json.dumps(Preprocessing().model_dump(mode="json")))
     return run
+
+
+def add_checkpoints(run: Path, steps: Sequence[int], best: int | None = None) -> None:
+    """Complete checkpoints with random weights of the run's model, others at each step."""
+    config, tasks = load_config(run / "config.json"), TaskTable.from_json(json.loads((run / "tasks.json").read_text()))
+    for step in steps:
+        folder = run / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        torch.manual_seed(step)
+        state = build_model(config.model, tasks).state_dict()
+        entry = write_tensors(folder / "rank_00000.safetensors", {f"param/{n}": t.flatten() for n, t in state.items()})
+        fragments = [Fragment(n, 0, t.numel(), f"param/{n}", 0).to_json() for n, t in state.items()]
+        common = {"shapes": {n: list(t.shape) for n, t in state.items()}}
+        files = {"rank_00000.safetensors": {**entry, "fragments": fragments}}
+        index = {"format": FORMAT, "step": step, "time": 0.0, "world_size": 1, "common": common, "state": {}, "files": files}
+        (folder / "checkpoint.json").write_text(json.dumps(index))
+    if best is not None:
+        mark_best(run, best)
