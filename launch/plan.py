@@ -20,7 +20,8 @@ from hermes_dist.scaling.plan_text import print_plan, print_simulation
 from hermes_dist.scaling.planning import Assumptions, make_plan
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-POSITIVE = ("gpus", "gpus_per_node", "tasks", "columns", "modalities", "utilisation", "epochs", "cases", "workers")
+POSITIVE = ("gpus", "gpus_per_node", "tasks", "columns", "modalities", "cases", "workers", "epochs")
+POSITIVE += ("utilisation", "cpu_s", "price", "simulate_storage")
 
 
 def parse() -> argparse.Namespace:
@@ -56,8 +57,9 @@ def main() -> None:
     args = parse()
     with exit_on_error():
         for name in POSITIVE:
-            if (value := getattr(args, name)) is not None and value <= 0:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: expected more than 0")
+            free = name == "price" and args.price == 0
+            if (value := getattr(args, name)) is not None and not 0 < value < math.inf and not free:  # nan is neither
+                raise UsageError(f"--{name.replace('_', '-')} {value}: expected more than 0, and finite")
         config = load_config(find_config(args.config, CONFIGS), args.overrides)
         if args.epochs:
             steps = max(1, math.ceil(args.epochs * args.cases / config.train.global_batch))
@@ -67,13 +69,11 @@ def main() -> None:
         request = Request(config.data.patch_vox_zyx, args.columns, args.tasks, args.modalities)
         assume = Assumptions(utilisation=args.utilisation, cpu_s_per_sample=args.cpu_s)
         plan = make_plan(config, request, device, cluster, args.gpus, assume)
-        console = Console()
-        console.width = max(console.width, 120)
+        console = Console(width=max(Console().width, 120))
         print_plan(console, plan, config, device, cluster, assume)
         if args.simulate_storage and plan.best:
-            print_simulation(
-                console, plan, config, assume, args.workers or max(1, config.stream.workers), args.simulate_storage * 1e9
-            )
+            workers = args.workers or max(1, config.stream.workers)
+            print_simulation(console, plan, config, assume, workers, args.simulate_storage * 1e9)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import plan as launch_plan
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -22,18 +24,38 @@ def test_the_documented_example_works() -> None:
 
 
 def test_hermes_m_over_epochs_on_a_thousand_cards_with_its_data_path() -> None:
-    options = ["--gpus", "1024", "--epochs", "10", "--cases", "2438", "--simulate-storage", "100"]
+    options = ["--gpus", "1024", "--epochs", "10", "--cases", "2438", "--simulate-storage", "100", "--price", "0"]
     done = plan("--config", "large.json", *options, "model.backbone=medformer", "train.global_batch=2048")
     assert done.returncode == 0, done.stderr
     assert "for 12 steps of 2048 samples" in done.stdout
     assert "1024 ranks × 8 workers" in done.stdout, "stream.workers of the configuration"
 
 
-@pytest.mark.parametrize("wrong", [["--gpus", "0"], ["--gpus-per-node", "0"], ["--workers", "-1"]])
-def test_a_cluster_of_nothing_is_refused(wrong: list[str]) -> None:
-    done = plan("--config", "large.json", *wrong)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr == f"error: {wrong[0]} {wrong[1]}: expected more than 0\n"
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--gpus", "0"),
+        ("--gpus-per-node", "0"),
+        ("--workers", "-1"),
+        ("--simulate-storage", "-5.0"),
+        ("--simulate-storage", "0.0"),
+        ("--simulate-storage", "nan"),
+        ("--cpu-s", "-0.4"),
+        ("--price", "-2.0"),
+        ("--utilisation", "inf"),
+        ("--epochs", "0.0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--config", "large.json", f"{option}={value}"])
+    with pytest.raises(SystemExit) as end:
+        launch_plan.main()
+    assert end.value.code == 2
+    output = capsys.readouterr()
+    assert output.err == f"error: {option} {value}: expected more than 0, and finite\n"
+    assert output.out == ""
 
 
 def test_bad_use_names_the_nearest_device() -> None:
