@@ -60,7 +60,8 @@ class Checkpointer:
         self._config, self._runtime = config, runtime
         self._thread: threading.Thread | None = None
         self._temporary: Path | None = None
-        self._saved_step: int | None = None
+        self.saved_step: int | None = None
+        """Of the newest checkpoint that was begun."""
         self._verdict: CheckpointError | None = None
         self._failures = 0
         self._error: Exception | None = None
@@ -84,7 +85,7 @@ class Checkpointer:
         self._forgive()
         token = self._runtime.broadcast_int(secrets.randbits(40))
         temporary = self._root / f".tmp-step_{step:08d}-{token:010x}"
-        self._temporary, self._saved_step = temporary, step
+        self._temporary, self.saved_step = temporary, step
         if self._runtime.rank == 0:
             with contextlib.suppress(OSError):  # the writer meets the same error, and reports it
                 temporary.mkdir(parents=True)
@@ -112,7 +113,7 @@ class Checkpointer:
             CheckpointError: as `save`.
         """
         self._forgive()
-        if self._saved_step != step or self._verdict is not None:
+        if self.saved_step != step or self._verdict is not None:
             if best:
                 self.save(engine, state, step, best=True)
             return

@@ -125,6 +125,17 @@ class Runtime:
             raise self.explain(error, "vote on stopping") from error
         self.stop_requested = self.stop_requested or bool(flag[0])
 
+    def vote_to_stop(self) -> bool:
+        """Ask all ranks now, and wait for the answer: `stop_requested`, the same on all of them."""
+        self.begin_vote()
+        self.end_vote()
+        return self.stop_requested
+
+    @property
+    def signalled(self) -> bool:
+        """Whether this very process was told to stop. Other ranks learn it at the next vote."""
+        return self._signalled
+
     def request_stop(self, *_: int | FrameType | None) -> None:
         """Ask the run to stop after the current step (the signal handler; also for tests)."""
         self._signalled = True

@@ -50,6 +50,10 @@ Progress = Callable[[int, int, str], None]
 SLICES = "slices"
 
 
+class EvaluationStopped(Exception):
+    """An evaluation during training that ends without a result, since the run is asked to stop. Never reaches a person."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is evaluated, apart from the model. `weights_digest` names the weights; `references` gives raw label maps.
@@ -149,7 +153,8 @@ def evaluate(
     """Score a split and write `evaluation/<split>.json`; the result on rank 0, None elsewhere.
 
     Every rank calls it with its own whole copy of the model in evaluation mode. A scan that cannot be read or predicted is
-    listed under `failed` with its reason, and the others go on.
+    listed under `failed` with its reason, and the others go on. Once a rank of `runtime` is told to stop, no rank begins
+    another scan: the result is None on rank 0 too, and what is finished is kept for the next time.
 
     Raises:
         UsageError: the split is empty.
@@ -172,8 +177,8 @@ def evaluate(
             progress(done, len(cases), cases[index].row.name)
         return result
 
-    queue.work(compute, worker=rank)
-    if rank:
+    queue.work(compute, worker=rank, stop=lambda: runtime is not None and runtime.signalled)
+    if rank or not queue.complete:
         return None
     result = _summary(job, cases, queue.results())
     shown = job.out_dir / f"{job.split}.{SLICES}"
@@ -198,6 +203,9 @@ def evaluate_during_training(
     """Evaluate `evaluate.split` with the averaged weights; adds a line to `evaluation/history.jsonl` and sets the gauges.
 
     Returns the mean Dice on rank 0 (None where no class could be scored), None on the other ranks.
+
+    Raises:
+        EvaluationStopped: the run was asked to stop, and scans are missing. On all ranks alike.
     """
     started = time.perf_counter()
     weights = engine.averaged_weights()
@@ -208,6 +216,10 @@ def evaluate_during_training(
     job = Job(config.run_dir, config, stores, tasks, config.evaluate.split, name, pictures=False)
     job = replace(job, checkpoint=f"step_{step:08d}", chosen="during training")
     result = evaluate(model, job, runtime)
+    # All ranks meet here. Whether scans are missing is known to rank 0, which would have done them otherwise.
+    if not runtime.broadcast_int(int(result is not None)):
+        runtime.vote_to_stop()
+        raise EvaluationStopped
     if result is None:
         return None
     seconds = time.perf_counter() - started

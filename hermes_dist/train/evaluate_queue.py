@@ -5,11 +5,13 @@ When no case is left to claim, worker 0 computes whatever has no result yet *its
 So the queue cannot hang; at worst one case a worker is computed twice, with the same result. If the folder is not shared
 between hosts, worker 0 simply does all the work.
 
-A queue that was interrupted goes on where it was: its finished results are kept, its claims are dropped.
+A queue that was interrupted goes on where it was: its finished results are kept, its claims are dropped. A worker that is
+asked to stop tells the others through a file `stop`: all of them end with the case they are at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +20,11 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_STOP = "stop"
+
+
+def _never() -> bool:
+    return False
 
 
 class WorkQueue:
@@ -34,18 +41,30 @@ class WorkQueue:
     def prepare(self) -> int:
         """Make the folder ready, before any worker calls `work`. Returns how many results an earlier start left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*self.folder.glob("*.claim"), *self.folder.glob(".*")):
+        for stale in (*self.folder.glob("*.claim"), *self.folder.glob(".*"), self.folder / _STOP):
             stale.unlink(missing_ok=True)
         return sum(self._result(i).is_file() for i in range(self.count))
 
-    def work(self, compute: Callable[[int], Row], *, worker: int = 0) -> None:
-        """Compute cases until none is left to claim; worker 0 then computes those that others claimed and did not finish."""
+    def work(self, compute: Callable[[int], Row], *, worker: int = 0, stop: Callable[[], bool] = _never) -> None:
+        """Compute cases until none is left to claim; worker 0 then computes those that others claimed and did not finish.
+
+        Once `stop()` is true here or in another worker, no further case is begun: `complete` says whether any is missing.
+        """
         for index in self._claimed(worker):
+            if self._stopped(stop):
+                return
             self._publish(index, compute(index), worker)
         if worker == 0:
             for index in range(self.count):
                 if not self._result(index).is_file():
+                    if self._stopped(stop):
+                        return
                     self._publish(index, compute(index), worker)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every case has its result."""
+        return all(self._result(index).is_file() for index in range(self.count))
 
     def results(self) -> list[Row]:
         """All results in order. Worker 0 calls it after `work`."""
@@ -57,6 +76,13 @@ class WorkQueue:
 
     def _result(self, index: int) -> Path:
         return self.folder / f"{index:06d}.json"
+
+    def _stopped(self, stop: Callable[[], bool]) -> bool:
+        if stop():
+            with contextlib.suppress(FileNotFoundError):  # worker 0 has everything and removed the folder
+                (self.folder / _STOP).touch()
+            return True
+        return (self.folder / _STOP).is_file()
 
     def _claimed(self, worker: int) -> Iterator[int]:
         for index in range(self.count):

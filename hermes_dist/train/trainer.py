@@ -27,7 +27,7 @@ from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.telemetry import Telemetry
 from hermes_dist.train import run_directory, transfer
 from hermes_dist.train.environment import git_commit
-from hermes_dist.train.evaluate import Job, evaluate_during_training, find_cases
+from hermes_dist.train.evaluate import EvaluationStopped, Job, evaluate_during_training, find_cases
 from hermes_dist.train.record import LossSums, StepRecord
 from hermes_dist.train.schedule import learning_rate
 from hermes_dist.train.step import StepLoss, chain_hash
@@ -119,15 +119,23 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
 
     def evaluate() -> None:
         telemetry.set("hermes_evaluating", 1)
-        dice = evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
-        telemetry.set("hermes_evaluating", 0)
+        try:
+            dice = evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
+        except EvaluationStopped:  # `state` says that it is still to be done
+            runtime.say(f"step {state.step}: the evaluation is cut short, and goes on when the run does")
+            return
+        finally:
+            telemetry.set("hermes_evaluating", 0)
         best = _is_best(dice, state, runtime)
         state.evaluated_step = state.step
         checkpointer.amend(engine, asdict(state), state.step, best=best)
 
     try:
-        if _evaluation_due(state, config) and state.evaluated_step != state.step:
+        if _evaluation_due(state, config):
             evaluate()  # the run was stopped after the checkpoint of this step, and before it was evaluated
+        if runtime.stop_requested:  # meanwhile: a step would leave the evaluation behind
+            checkpointer.finish()
+            return TrainResult(state.step, loss, stopped_early=_unfinished(state, config))
         with open_stream(
             config,
             stores,
@@ -147,9 +155,12 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                 if stop or due or last:
                     checkpointer.save(engine, asdict(state), state.step, urgent=stop or last)
                 # Long: whatever happens meanwhile, the checkpoint is safe. A run that is stopped has no time for it, and does
-                # it when it goes on; a run at its end does not go on.
-                if (last or not stop) and _evaluation_due(state, config):
+                # it when it goes on.
+                if not stop and _evaluation_due(state, config):
                     evaluate()
+                    stop = runtime.stop_requested
+                    if stop and checkpointer.saved_step != state.step:
+                        checkpointer.save(engine, asdict(state), state.step)
                 if stop or last:
                     break
             checkpointer.finish()  # before the stream is tidied up: whatever goes wrong there, the checkpoint is complete
@@ -162,7 +173,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
         raise
     finally:
         telemetry.close()
-    return TrainResult(state.step, loss, stopped_early=state.step < config.train.max_steps)
+    return TrainResult(state.step, loss, stopped_early=_unfinished(state, config))
 
 
 def _one_step(
@@ -238,7 +249,13 @@ def _note_changed_order(digest: str, state: TrainState, runtime: Runtime, teleme
 
 
 def _evaluation_due(state: TrainState, config: Config) -> bool:
-    return state.step > 0 and config.evaluate.every_steps > 0 and state.step % config.evaluate.every_steps == 0
+    every = config.evaluate.every_steps
+    return state.step > 0 and every > 0 and state.step % every == 0 and state.evaluated_step != state.step
+
+
+def _unfinished(state: TrainState, config: Config) -> bool:
+    """Whether the same command has more to do."""
+    return state.step < config.train.max_steps or _evaluation_due(state, config)
 
 
 def _is_best(dice: float | None, state: TrainState, runtime: Runtime) -> bool:

@@ -312,6 +312,30 @@ def test_late_workers_of_a_removed_queue_stop(tmp_path):
     assert not queue.folder.exists()
 
 
+def test_a_queue_stops_between_cases_on_all_workers_and_goes_on(tmp_path):
+    """One worker is told; the others see it in the folder, worker 0 too, and nobody takes anything over."""
+    queue, seen = WorkQueue(tmp_path / "q", 5), []
+
+    def compute(i: int) -> dict:
+        seen.append(i)
+        return {"i": i}
+
+    queue.prepare()
+    queue.work(compute, worker=1, stop=lambda: len(seen) == 2)
+    assert seen == [0, 1]
+    for worker in (2, 0):
+        queue.work(compute, worker=worker)
+    assert seen == [0, 1]
+    assert not queue.complete
+    assert queue.prepare() == 2
+    queue.work(compute)
+    assert seen == [0, 1, 2, 3, 4]
+    assert queue.complete
+    queue.remove()
+    queue.work(compute, worker=1, stop=lambda: True)
+    assert not queue.folder.exists()
+
+
 def _worker(folder: str, worker: int) -> None:
     def compute(i: int) -> dict:
         if worker == 1 and i == 1:
@@ -340,11 +364,14 @@ def test_during_training_writes_history_and_gauges(job, tmp_path, monkeypatch):
             return {"anchor": torch.zeros(1)}
 
     class Run:
-        rank, world_size, device = 0, 1, torch.device("cpu")
+        rank, world_size, device, signalled = 0, 1, torch.device("cpu"), False
         lines: ClassVar[list[str]] = []
 
         def barrier(self):
             pass
+
+        def broadcast_int(self, value):
+            return value
 
         def say(self, text):
             self.lines.append(text)

@@ -17,11 +17,13 @@ from hermes_dist.errors import StreamError, UsageError, WaitTimeoutError
 from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import list_checkpoints
 from hermes_dist.parallel.runtime import Runtime, start
-from hermes_dist.parallel.stored import read_state
+from hermes_dist.parallel.stored import best_name, read_state
 from hermes_dist.shards.case import CaseRecord
 from hermes_dist.shards.store import create_store
 from hermes_dist.stream.inline_source import InlineSource
+from hermes_dist.train import evaluate as evaluation
 from hermes_dist.train import trainer
+from hermes_dist.train.evaluate import EvaluationStopped
 from hermes_dist.train.trainer import train
 from hermes_dist.volume.geometry import Grid
 from hermes_dist.volume.preprocess import Preprocessing, place
@@ -37,14 +39,16 @@ def runtime() -> Generator[Runtime]:
     session.close()
 
 
-def run_config(folder: Path, **evaluate: Any) -> Config:
+def run_config(folder: Path, *, scans: int = 1, **evaluate: Any) -> Config:
+    """Three steps, each with a checkpoint and an evaluation of `scans` validation scans."""
     writer = create_store(str(folder / "store"), "zarr", tasks=TASKS, preprocessing=Preprocessing(image_dtype="float32"))
     label = label_of(0, (32, 32, 32))
     placement = json.dumps(
         place(Grid(np.diag([-1.5, 1.5, 1.5, 1.0]), label.shape), None, Preprocessing(crop_body=False)).to_json()
     )
-    for split in ("train", "val"):
-        record = CaseRecord("organs", split, "CT", split, (1.5, 1.5, 1.5), placement, split)
+    for name in ("train", "val", *(f"val{number}" for number in range(2, scans + 1))):
+        split = "train" if name == "train" else "val"
+        record = CaseRecord("organs", name, "CT", split, (1.5, 1.5, 1.5), placement, name)
         writer.write_case(record, label.astype(np.float32), label)
     writer.finish()
     return make_config(
@@ -84,6 +88,61 @@ def test_a_kill_during_an_evaluation_loses_nothing(tmp_path: Path, runtime: Runt
     assert [read_state(c)["best_dice"] for c in list_checkpoints(config.run_dir)] == [0.9, 0.9]
     train(config, runtime)
     assert asked == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(("at", "every_steps"), [(1, 1), (2, 0), (3, 1)], ids=["due", "no checkpoint due", "last step"])
+def test_a_stop_during_an_evaluation_ends_it_between_scans(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, at: int, every_steps: int
+) -> None:
+    """No score, no best, the usual end with a checkpoint; the next start scores what is missing, and each scan once a step."""
+    config = changed(run_config(tmp_path, scans=3, bootstrap=0), f"checkpoint.every_steps={every_steps}", "checkpoint.keep=9")
+    plain, scored, history = evaluation.score_scan, [], config.run_dir / "evaluation" / "history.jsonl"
+
+    def stops(model: Any, job: Any, case: Any) -> Any:
+        scored.append((int(job.checkpoint.removeprefix("step_")), case.row.case_id))
+        if len(scored) == 3 * at - 1:
+            runtime.request_stop()
+        return plain(model, job, case)
+
+    def scored_steps() -> list[int]:
+        return [json.loads(line)["step"] for line in history.read_text().splitlines()] if history.exists() else []
+
+    monkeypatch.setattr(evaluation, "score_scan", stops)
+    result = train(config, runtime)
+    assert (result.step, result.stopped_early) == (at, True)
+    assert len(scored) == 3 * at - 1
+    assert scored_steps() == list(range(1, at))
+    stored = list_checkpoints(config.run_dir)[0]
+    assert (stored.step, read_state(stored)["evaluated_step"]) == (at, at - 1)
+    assert best_name(config.run_dir) != stored.path.name
+    runtime.stop_requested = runtime._signalled = False
+    result = train(config, runtime)
+    assert (result.step, result.stopped_early) == (3, False)
+    assert scored_steps() == [1, 2, 3]
+    assert sorted(scored) == [(step, name) for step in (1, 2, 3) for name in ("val", "val2", "val3")]
+    assert read_state(list_checkpoints(config.run_dir)[0])["evaluated_step"] == 3
+
+
+def test_a_stop_during_the_evaluation_of_a_start_trains_no_step(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step would leave the evaluation behind: it is due at this one only."""
+    config, asked = run_config(tmp_path), []
+
+    def stopped(*args: Any) -> float:
+        asked.append(args[-1])
+        if len(asked) < 3:
+            runtime.request_stop()
+            raise EvaluationStopped
+        return 0.5
+
+    monkeypatch.setattr(EVALUATE, stopped)
+    for count in (1, 2):
+        result = train(config, runtime)
+        assert (result.step, result.stopped_early, len(asked)) == (1, True, count)
+        runtime.stop_requested = runtime._signalled = False
+    assert train(config, runtime).step == 3
+    assert asked == [1, 1, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("stage", "every_steps"), [(1, 1), (3, 0)])
