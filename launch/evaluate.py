@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     with exit_on_error():
         run = load_run(args.run, args.device, args.overrides, checkpoint=args.checkpoint)
         use_cores(args.threads)
@@ -66,8 +66,11 @@ def main() -> int:
             result = evaluate(run.model, job, session, progress=lambda i, n, _: bar.update(line, completed=i, total=n))
         if session:
             session.close()
-        if result is None:  # another rank than the first, or asked to stop
-            return runtime.EXIT_REQUEUE if session and (session.rank == 0 or session.signalled) else 0
+            if result is None and session.rank == 0:
+                session.say("asked to stop: the same command goes on with the scans that are left")
+                return runtime.EXIT_REQUEUE
+        if result is None:
+            return 0
         show(result, console)
         console.print(f"wrote {job.path}" + (f", in place of the scores of {earlier}" if earlier else ""))
         return 1 if result["failed"] else 0

@@ -201,7 +201,8 @@ class OptimizerConfig(Section):
     eps: float = 1e-5
     """Added to the root of the second moment."""
     weight_decay: float = 1e-5
-    """Decoupled weight decay."""
+    """Decoupled weight decay. LAMB adds it to a tensor's update before the trust ratio is taken. At 0 no tensor has a trust ratio
+    (all are 1, as in apex: a step is Adam's); a tensor that `decay_exclude` exempts has neither decay nor ratio at any value."""
     decay_exclude: Literal["none", "vectors"] = "none"
     """LAMB: tensors without weight decay, which then have trust ratio 1; `vectors` = biases and norms (published: none)."""
     max_trust_ratio: float | None = Field(default=None, gt=0)

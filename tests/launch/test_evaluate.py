@@ -13,6 +13,7 @@ import pytest
 
 from hermes_dist.errors import CorruptShardError
 from hermes_dist.shards.store import ShardStore
+from hermes_dist.train import evaluate as library
 from launch import evaluate
 from tests.train.tiny_run import add_checkpoints, make_run, make_store
 
@@ -115,6 +116,40 @@ def test_bad_use(command, run, arguments, code, words):
     assert got == code, out + err
     assert words in err
     assert "Traceback" not in err
+
+
+def test_asked_to_stop_it_keeps_what_is_done_and_goes_on(command, run, monkeypatch):
+    class Session:
+        rank, signalled = 0, False
+
+        def barrier(self):
+            pass
+
+        def close(self):
+            pass
+
+        def say(self, line):
+            print(line, file=sys.stderr)
+
+    session, scored, plain = Session(), [], library.score_scan
+
+    def stops(model, job, case):
+        scored.append(case.row.case_id)
+        session.signalled = len(scored) == 3
+        return plain(model, job, case)
+
+    monkeypatch.setattr(library, "score_scan", stops)
+    monkeypatch.setattr(evaluate.runtime, "start", lambda config: session)
+    (run / "evaluation" / "test.json").unlink(missing_ok=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = command("--run", run, "--split", "test")
+    assert (code, out) == (75, "")
+    assert "asked to stop: the same command goes on" in err
+    assert not (run / "evaluation" / "test.json").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    code, _, _ = command("--run", run, "--split", "test")
+    assert code == 0
+    assert sorted(scored) == ["a0", "a1", "b0", "b2"]
 
 
 @pytest.mark.multiproc
