@@ -160,7 +160,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
                     evaluate()
                     stop = runtime.stop_requested
                     if stop and checkpointer.saved_step != state.step:
-                        checkpointer.save(engine, asdict(state), state.step)
+                        checkpointer.save(engine, asdict(state), state.step, urgent=True)
                 if stop or last:
                     break
             checkpointer.finish()  # before the stream is tidied up: whatever goes wrong there, the checkpoint is complete
