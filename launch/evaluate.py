@@ -57,8 +57,8 @@ def main() -> int:
             print(f"{run}: loss {result['loss']:.4f} over {result['samples']} patches; wrote {write_held_out(run, result)}")
             return 0
         references = RawReferences(args.raw) if args.raw else None
-        source = {"checkpoint": run.checkpoint, "chosen": run.chosen}
-        job = Job(args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references, **source)
+        about = (args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references)
+        job = Job(*about, checkpoint=run.checkpoint, chosen=run.chosen)
         earlier = others_before(job)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
             line = bar.add_task("scans", total=None)
