@@ -65,11 +65,8 @@ def main() -> int:
             result = evaluate(run.model, job, session, progress=lambda i, n, _: bar.update(line, completed=i, total=n))
         if session:
             session.close()
-            if result is None and session.rank == 0:
-                session.say("asked to stop: the same command goes on with the scans that are left")
-                return runtime.EXIT_REQUEUE
-        if result is None:
-            return 0
+        if result is None:  # another rank than the first, which has a result unless it was asked to stop
+            return runtime.EXIT_REQUEUE if session and session.rank == 0 else 0
         show(result, console)
         console.print(f"wrote {job.path}" + (f", in place of the scores of {earlier}" if earlier else ""))
         return 1 if result["failed"] else 0

@@ -20,8 +20,8 @@ from hermes_dist.scaling.plan_text import print_plan, print_simulation
 from hermes_dist.scaling.planning import Assumptions, make_plan
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-POSITIVE = ("gpus", "gpus_per_node", "tasks", "columns", "modalities", "cases", "workers", "epochs")
-POSITIVE += ("utilisation", "cpu_s", "price", "simulate_storage")
+RATES = ("utilisation", "cpu_s", "price", "simulate_storage")
+POSITIVE = ("gpus", "gpus_per_node", "tasks", "columns", "modalities", "cases", "workers", "epochs", *RATES)
 
 
 def parse() -> argparse.Namespace:

@@ -178,7 +178,12 @@ def evaluate(
         return result
 
     queue.work(compute, worker=rank, stop=lambda: runtime is not None and runtime.signalled)
-    if rank or not queue.complete:
+    if rank:
+        return None
+    if runtime and queue.finished < len(cases):
+        runtime.say(
+            f"asked to stop: {queue.finished} of {len(cases)} scans are evaluated; the same command goes on with the others"
+        )
         return None
     result = _summary(job, cases, queue.results())
     shown = job.out_dir / f"{job.split}.{SLICES}"

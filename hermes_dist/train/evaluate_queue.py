@@ -43,12 +43,12 @@ class WorkQueue:
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in (*self.folder.glob("*.claim"), *self.folder.glob(".*"), self.folder / _STOP):
             stale.unlink(missing_ok=True)
-        return sum(self._result(i).is_file() for i in range(self.count))
+        return self.finished
 
     def work(self, compute: Callable[[int], Row], *, worker: int = 0, stop: Callable[[], bool] = _never) -> None:
         """Compute cases until none is left to claim; worker 0 then computes those that others claimed and did not finish.
 
-        Once `stop()` is true here or in another worker, no further case is begun: `complete` says whether any is missing.
+        Once `stop()` is true here or in another worker, no further case is begun: `finished` says how many are done.
         """
         for index in self._claimed(worker):
             if self._stopped(stop):
@@ -62,9 +62,9 @@ class WorkQueue:
                     self._publish(index, compute(index), worker)
 
     @property
-    def complete(self) -> bool:
-        """Whether every case has its result."""
-        return all(self._result(index).is_file() for index in range(self.count))
+    def finished(self) -> int:
+        """How many cases have their result."""
+        return sum(self._result(index).is_file() for index in range(self.count))
 
     def results(self) -> list[Row]:
         """All results in order. Worker 0 calls it after `work`."""

@@ -122,7 +122,6 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
         try:
             dice = evaluate_during_training(engine, config, stores, tasks, runtime, telemetry, state.step)
         except EvaluationStopped:  # `state` says that it is still to be done
-            runtime.say(f"step {state.step}: the evaluation is cut short, and goes on when the run does")
             return
         finally:
             telemetry.set("hermes_evaluating", 0)

@@ -144,7 +144,7 @@ def test_asked_to_stop_it_keeps_what_is_done_and_goes_on(command, run, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, err = command("--run", run, "--split", "test")
     assert (code, out) == (75, "")
-    assert "asked to stop: the same command goes on" in err
+    assert "asked to stop: 3 of 4 scans are evaluated; the same command goes on with the others" in err
     assert not (run / "evaluation" / "test.json").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     code, _, _ = command("--run", run, "--split", "test")

@@ -326,11 +326,11 @@ def test_a_queue_stops_between_cases_on_all_workers_and_goes_on(tmp_path):
     for worker in (2, 0):
         queue.work(compute, worker=worker)
     assert seen == [0, 1]
-    assert not queue.complete
+    assert queue.finished == 2
     assert queue.prepare() == 2
     queue.work(compute)
     assert seen == [0, 1, 2, 3, 4]
-    assert queue.complete
+    assert queue.finished == 5
     queue.remove()
     queue.work(compute, worker=1, stop=lambda: True)
     assert not queue.folder.exists()
