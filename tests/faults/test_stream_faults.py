@@ -120,9 +120,11 @@ def zarr_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.multiproc
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_workers_that_die_cost_no_sample(cluster: None, zarr_store: Path) -> None:
     """Chaos kills the worker process (SIGKILL) at about a tenth of the samples, once each; Ray reads them again."""
-    common: dict[str, Any] = {"train__max_steps": 10, "run__seed": 3}
+    # A worker that dies costs the time to start another one, on a busy host most of a minute, and half a dozen die here.
+    common: dict[str, Any] = {"train__max_steps": 10, "run__seed": 3, "stream__wait_limit_s": 900}
     killed = make_config(**common, stream__backend="ray", stream__workers=2, stream__faults={"chaos": {"kill": 0.1}})
     assert real_samples(steps(killed, zarr_store)) == real_samples(steps(make_config(**common), zarr_store))
 
