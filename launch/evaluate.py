@@ -68,7 +68,7 @@ def main() -> int:
         if result is None:  # another rank than the first, which has a result unless it was asked to stop
             return runtime.EXIT_REQUEUE if session and session.rank == 0 else 0
         show(result, console)
-        console.print(f"wrote {job.path}" + (f", in place of the scores of {earlier}" if earlier else ""))
+        console.print(f"wrote {job.path}" + (f", in place of the scores of {earlier}" if earlier else ""), soft_wrap=True)
         return 1 if result["failed"] else 0
     return 1
 

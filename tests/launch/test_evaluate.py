@@ -65,7 +65,7 @@ def test_a_table_says_which_checkpoint_it_is_about(command, tmp_path):
         assert code == 0, err
         result = json.loads(file.read_text())
         assert (result["checkpoint"], result["chosen"]) == (f"step_{step:08d}", asked)
-        assert f"checkpoint: step_{step:08d} ({asked}), weights {result['weights']}" in out
+        assert f"checkpoint: step_{step:08d} ({asked}), weights {result['weights']}" in " ".join(out.split())
         assert ("in place of the scores of step_" in out) == bool(about), "each differs from the one before"
         about.setdefault(step, result["weights"])
         assert about[step] == result["weights"]
