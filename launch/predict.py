@@ -12,13 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from data_tools.mask_writer import check_targets, target_of, write_multilabel, write_separate
 from data_tools.scans import find_scans, read_scan
 from hermes_dist.errors import HermesError, exit_on_error
 from hermes_dist.train.memory_errors import named_memory_errors
-from hermes_dist.train.predict import THRESHOLD, Target, TrainedRun, load_run, predict_scan, resolve_targets, use_cores
+from hermes_dist.train.predict import THRESHOLD, Target, TrainedRun, load_run, predict_scan, resolve_targets, to_device, use_cores
 
 
 def arguments() -> argparse.Namespace:
@@ -30,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", required=True, help="comma-separated classes, dataset/class names, or all")
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
     parser.add_argument("--multilabel", action="store_true", help="one label map instead of one file per task")
-    parser.add_argument("--device", type=torch.device, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--device", type=to_device, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. evaluate.overlap=0.75")
     return parser.parse_intermixed_args()

@@ -83,6 +83,7 @@ class RaySource:
         self._positions = (p for part in parts for p in part)
         self._place = local_place(rank, world_size)
         self._workers = config.workers
+        self._workers_in_use = config.workers
         self._most_workers = max(config.workers, config.max_workers or 0)
         self._expect_samples(reader.augment_here)
         self._kill_dir = tempfile.mkdtemp(prefix="hermes-chaos-") if config.faults.chaos.get("kill") else None
@@ -147,9 +148,11 @@ class RaySource:
     def scale(self, wait_share: float) -> str | None:
         """From the next pipeline on use more workers while the rank waits, fewer while it never does; says so if that changes.
 
-        The bounds are `stream.workers` and `stream.max_workers`.
+        The bounds are `stream.workers` and `stream.max_workers`. Until the last change is in use, a wait says nothing about it.
         """
         before = self._workers
+        if self._workers_in_use != before:
+            return None
         self._workers = wanted_workers(before, self._config.workers, self._most_workers, wait_share)
         if self._workers == before:
             return None
@@ -238,13 +241,15 @@ class RaySource:
         positions = list(islice(self._positions, rows))
         if not positions or self._closed.is_set():
             return None
+        self._workers_in_use = self._workers
         tasks = list(_runs(positions, self._task_rows))
         context: Any = DataContext.get_current()
         options = context.execution_options
         options.preserve_order = True
         options.resource_limits = options.resource_limits.copy(object_store_memory=self._buffer_bytes())
         block_rows = self._block_rows()
-        # Ray joins blocks up to this size, and cuts those above one and a half of it: ours, of 5 or 6 bytes a voxel, are neither.
+        # Ray joins blocks up to this size, and cuts those above one and a half of it: ours, of 5 or 6 bytes a voxel, are neither
+        # (boxes for the device are smaller than their bound, and may be joined).
         context.target_max_block_size = block_rows * self._sample_bytes * 3 // 4
         context._max_num_blocks_in_streaming_gen_buffer = -(-self._ahead() // block_rows)  # Ray has no public name for it
         context.custom_execution_callback_classes = [Pace]

@@ -168,11 +168,8 @@ class Reader:
     def _read_with_retries(self, rows: PlanRows, index: int, case: int, events: list[dict[str, Any]], begin: float) -> Sample:
         """One case, manifest and voxels. Raises DataError at once, StreamError after the last attempt at failing storage."""
         position = int(rows.position[index])
-        attempts = 1
 
         def note(error: TransientStorageError, attempt: int, pause_s: float) -> None:
-            nonlocal attempts
-            attempts += 1
             events.append(self._event("retry", position, case, error=str(error), attempt=attempt, pause_s=pause_s))
 
         try:
@@ -185,6 +182,7 @@ class Reader:
                 limit_s=self._retry_limit_s,
             )
         except TransientStorageError as error:
+            attempts = 1 + sum(event["kind"] == "retry" and event["case"] == case for event in events)
             knob = "faults.retries" if attempts > self.faults.retries else "wait_limit_s, which bounds the attempts"
             raise StreamError(
                 f"{self.case_name(case)}: storage failed {attempts} times in {time.perf_counter() - begin:.0f} s: {error}; "

@@ -218,8 +218,8 @@ def evaluate_during_training(
         # Building a model draws numbers: training must go on as if nothing had happened, since a resumed run evaluates nothing.
         model = predict.load_model(config, tasks, weights, runtime.device, source=f"step {step}")
     name = f"step{step}-{predict.digest(weights)}"
-    job = Job(config.run_dir, config, stores, tasks, config.evaluate.split, name, pictures=False)
-    job = replace(job, checkpoint=f"step_{step:08d}", chosen="during training")
+    about = (config.run_dir, config, stores, tasks, config.evaluate.split, name)
+    job = Job(*about, pictures=False, checkpoint=f"step_{step:08d}", chosen="during training")
     result = evaluate(model, job, runtime)
     # All ranks meet here. Whether scans are missing is known to rank 0, which would have done them otherwise.
     if not runtime.broadcast_int(int(result is not None)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,14 @@ def load_run(
     model = load_model(config, tasks, weights.tensors, device, source=str(run_dir))
     name = digest(weights.tensors)
     return TrainedRun(run_dir, config, tasks, preprocessing, model, device, name, weights.checkpoint, weights.chosen)
+
+
+def to_device(text: str) -> torch.device:
+    """A `--device` option. Raises ArgumentTypeError for what torch does not know."""
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise ArgumentTypeError(f"device {text!r} is unknown; expected cpu, cuda or cuda:1") from None
 
 
 def default_device() -> torch.device:

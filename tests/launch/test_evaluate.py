@@ -109,6 +109,7 @@ def test_a_corrupt_case_ends_with_one(command, run, monkeypatch):
         (['data.stores=["nowhere"]'], 1, "nowhere"),
         (["data.stores=[]"], 2, "data.stores is empty"),
         (["--raw", "no/collection.json"], 1, "no/collection.json"),
+        (["--device", "gpu0"], 2, "device 'gpu0' is unknown; expected cpu, cuda or cuda:1"),
     ],
 )
 def test_bad_use(command, run, arguments, code, words):

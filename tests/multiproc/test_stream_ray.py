@@ -75,7 +75,7 @@ if __name__ == "__main__":
 
 
 HANGING_PROGRAM = """
-import contextlib, json, signal, sys
+import contextlib, json, queue, signal, sys
 import psutil
 from hermes_dist.config import validate
 from hermes_dist.shards.store import open_store
@@ -90,12 +90,12 @@ if __name__ == "__main__":
     tasks = store.collection.tasks
     with open_stream(config, [store], tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
         for batch in stream:
-            workers = [p for p in psutil.process_iter() if p.name().startswith("ray::")]
+            workers = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::")]
             if batch.step >= 3 and workers:
                 break
         for worker in workers:
             worker.send_signal(signal.SIGSTOP)
-        with contextlib.suppress(BaseException):  # what is ready is taken, then the feeder waits
+        with contextlib.suppress(queue.Empty):  # what is ready is taken, then the feeder waits
             while stream._thread.is_alive():
                 stream._ready.get(timeout=5)
 """

@@ -18,6 +18,7 @@ from hermes_dist.shards.store import open_store
 from hermes_dist.stream import loader
 from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.loader import attribute_wait, open_stream
+from hermes_dist.stream.prepare import build_reader
 from hermes_dist.stream.reader import Reader
 from tests.stream.tools import make_config, real_samples, steps
 
@@ -94,8 +95,10 @@ def test_failing_storage_stops_the_run(store_paths: dict[str, Path]) -> None:
 
 def test_storage_that_hangs_is_named_before_the_wait_for_it_ends(store_paths: dict[str, Path]) -> None:
     faults = {"chaos": {"transient": 1.0}, "backoff_s": 0.01, "retries": 1000}
+    store = open_store(str(store_paths["zarr"]))
+    reader, _ = build_reader(make_config(stream__faults=faults, stream__wait_limit_s=1), [store], store.collection.tasks)
     with pytest.raises(StreamError, match=r"/case\d: storage failed \d+ times.*stream.wait_limit_s, which bounds the attempts"):
-        steps(make_config(stream__faults=faults, stream__wait_limit_s=2), store_paths["zarr"])
+        reader.read(reader.plan.rows(0, 1), 0)
 
 
 def test_what_happened_in_the_step_that_failed_is_told(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +143,16 @@ def test_workers_follow_the_wait_within_their_bounds() -> None:
     assert [wanted(n, 2, 8, 0.3) for n in (2, 3, 5, 7, 8)] == [3, 5, 8, 8, 8]
     assert [wanted(n, 2, 8, 0.0) for n in (2, 3, 8)] == [2, 2, 7]
     assert wanted(4, 2, 8, 0.03) == 4
+
+
+def test_a_change_of_workers_is_judged_only_once_it_is_in_use() -> None:
+    source: Any = object.__new__(pytest.importorskip("hermes_dist.stream.ray_source").RaySource)
+    source._config, source._most_workers = make_config(stream__workers=2, stream__max_workers=8).stream, 8
+    source._workers = source._workers_in_use = 2
+    assert source.scale(0.3) == "30.0% of the last steps was waiting for samples: 3 workers instead of 2"
+    assert source.scale(0.3) is None, "the pipeline that runs still has two"
+    source._workers_in_use = 3
+    assert "5 workers instead of 3" in source.scale(0.3)
 
 
 def test_a_source_that_scales_is_heard(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
