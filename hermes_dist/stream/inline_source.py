@@ -48,5 +48,8 @@ class InlineSource:
         """No workers, no object store: nothing to report."""
         return {}
 
+    def give_up(self) -> None:
+        """What this process reads, it reads to its end."""
+
     def close(self, *, still_read: bool = False) -> None:
         """Nothing to release."""

@@ -62,6 +62,10 @@ class Source(Protocol):
         """Values for metrics, by metric name; a counter's is its total so far."""
         ...
 
+    def give_up(self) -> None:
+        """End a wait for a sample that does not come, with an error, where that is possible."""
+        ...
+
     def close(self, *, still_read: bool = False) -> None:
         """Release workers and memory; `still_read`: a thread did not stop waiting for a sample."""
         ...
@@ -177,9 +181,22 @@ class Stream:
                 error.add_note(text)
 
     def close(self) -> None:
-        """Stop the feeder, then release workers: a sample that is under way still needs them. Safe to call twice."""
+        """Stop the feeder, then release workers: a sample that is under way still needs them. Safe to call twice.
+
+        Workers that hang are given up: an interpreter that ends while a thread still reads from Ray can crash, and its exit code,
+        which launchers act on, is lost.
+        """
         self._stop.set()
         if self._thread.is_alive():
+            self._thread.join(timeout=FEEDER_LIMIT_S)
+        if self._thread.is_alive():
+            print(
+                f"warning: no sample for {FEEDER_LIMIT_S:.0f} s while the stream was closed; giving up "
+                f"{self._awaited} ({self._source.waits_for()})",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._source.give_up()
             self._thread.join(timeout=FEEDER_LIMIT_S)
         self._source.close(still_read=self._thread.is_alive())
         with contextlib.suppress(queue.Empty):

@@ -18,7 +18,7 @@ import pickle
 import shutil
 import tempfile
 import threading
-import time
+import uuid
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from itertools import islice
@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import ray
 from ray.data import DataContext, Datasource, ReadTask, read_datasource
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import Block, BlockMetadata
 from ray.exceptions import RayError
 
@@ -37,6 +36,7 @@ from hermes_dist.stream.inline_source import read_run
 from hermes_dist.stream.ray_blocks import decode_block, encode_block, encode_error
 from hermes_dist.stream.ray_cluster import Cluster, local_place, quiet_ray
 from hermes_dist.stream.ray_gauges import ClusterGauges
+from hermes_dist.stream.ray_pace import give_up, pace_for
 from hermes_dist.stream.reader import Reader, Sample, open_pickled
 from hermes_dist.stream.starter import Starter
 from hermes_dist.volume import augment
@@ -54,7 +54,6 @@ millisecond a task, so that the first one is short."""
 CLOSE_LIMIT_S = 60.0
 SCARCE, PLENTY = 0.05, 0.005
 """Shares of the steps' time spent waiting for samples: above the first more workers help, below the second fewer do."""
-HUNGRY_PAUSE_S, SATED_PAUSE_S = 0.01, 0.03
 
 READ_WHILE_STARTING = True
 """Read in the training process until Ray has started (tests switch it off)."""
@@ -78,6 +77,7 @@ class RaySource:
     def __init__(self, reader: Reader, parts: Iterator[range], config: StreamConfig, *, rank: int, world_size: int) -> None:
         quiet_ray()
         self._config = config
+        self._name = uuid.uuid4().hex
         self._reader = reader
         self._first = next(parts, range(0))
         self._positions = (p for part in parts for p in part)
@@ -170,6 +170,10 @@ class RaySource:
         """Workers and object store, by metric name, on the rank that speaks for the cluster; empty until Ray has started."""
         return self._gauges.values() if self._gauges is not None else {}
 
+    def give_up(self) -> None:
+        """End the pipelines although somebody reads them: the reader gets an error, even if the workers hang."""
+        give_up(self._name)
+
     def close(self, *, still_read: bool = False) -> None:
         """Stop the pipelines and leave (or end) the cluster. The iterator must be closed before: Ray stops what nobody reads.
 
@@ -252,7 +256,7 @@ class RaySource:
         # (boxes for the device are smaller than their bound, and may be joined).
         context.target_max_block_size = block_rows * self._sample_bytes * 3 // 4
         context._max_num_blocks_in_streaming_gen_buffer = -(-self._ahead() // block_rows)  # Ray has no public name for it
-        context.custom_execution_callback_classes = [Pace]
+        context.custom_execution_callback_classes = [pace_for(self._name)]
         dataset = read_datasource(
             PlanSource(self._reader_ref, tasks, self._sample_bytes, block_rows),
             concurrency=self._workers,
@@ -299,18 +303,6 @@ class Pipeline:
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()
-
-
-class Pace(ExecutionCallback):
-    """Lets Ray's scheduling loop rest between rounds.
-
-    Without it the loop spins in the training process whenever finished samples wait to be taken, which is the normal case: with
-    Ray 2.60 most of a core, and the interpreter's lock, beside every rank (tests/bench/test_stream_pace.py).
-    """
-
-    def on_execution_step(self, executor: Any) -> None:
-        """A short rest while the rank waits for samples, a longer one while it has some."""
-        time.sleep(HUNGRY_PAUSE_S if executor._consumer_idling() else SATED_PAUSE_S)
 
 
 class PlanSource(Datasource):

@@ -13,7 +13,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from hermes_dist.stream import ray_source  # noqa: E402
+from hermes_dist.stream import ray_pace, ray_source  # noqa: E402
 from hermes_dist.stream.loader import open_stream  # noqa: E402
 from hermes_dist.stream.ray_cluster import quiet_ray  # noqa: E402
 from tests.stream.tools import make_config, write_store  # noqa: E402
@@ -51,8 +51,8 @@ def test_the_loop_rests(
 ) -> None:
     monkeypatch.setattr(ray_source, "READ_WHILE_STARTING", False)
     paced = busy_share(tmp_path / "paced")
-    monkeypatch.setattr(ray_source, "HUNGRY_PAUSE_S", 0.0)
-    monkeypatch.setattr(ray_source, "SATED_PAUSE_S", 0.0)
+    monkeypatch.setattr(ray_pace, "HUNGRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(ray_pace, "SATED_PAUSE_S", 0.0)
     spinning = busy_share(tmp_path / "spinning")
     with capsys.disabled():
         print(f"\ncores busy in the training process while it sleeps: {spinning:.2f} as Ray does, {paced:.2f} with rests")

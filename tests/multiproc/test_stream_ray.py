@@ -83,7 +83,7 @@ from hermes_dist.stream import loader, ray_source
 from hermes_dist.stream.loader import open_stream
 
 ray_source.READ_WHILE_STARTING = False
-loader.FEEDER_LIMIT_S = 2.0
+loader.FEEDER_LIMIT_S = 4.0
 if __name__ == "__main__":
     sys.stderr = sys.stdout
     config, store = validate(json.loads(sys.argv[1])), open_store(sys.argv[2])
@@ -229,14 +229,15 @@ def test_nothing_survives_a_killed_rank(program: Path, stores: dict[str, Path]) 
 
 
 def test_workers_that_hang_do_not_hold_up_the_end(tmp_path: Path, stores: dict[str, Path]) -> None:
-    """Ray is left to its reaper: ending it under a pipeline that is being read would take the process down."""
+    """The pipeline is given up, so that nobody reads from Ray when the interpreter ends: that can cost the exit code."""
     program, began = tmp_path / "rank.py", time.time() - 1
     program.write_text(HANGING_PROGRAM)
     data = config_data(stream__backend="ray", stream__workers=2, train__max_steps=100_000)
     (process,) = run_ranks(program, data, stores["zarr"], world=1)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0
-    assert "a Ray pipeline did not stop" in output
+    assert "no sample for 4 s while the stream was closed; giving up the sample of position" in output
+    assert "a Ray pipeline did not stop" not in output
     assert_gone(began)
 
 

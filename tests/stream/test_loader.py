@@ -261,15 +261,18 @@ def test_auto_moves_the_augmentation_when_the_rank_waits(store_paths: dict[str, 
     assert any("augment.where=auto" in n for n in notes)
 
 
-def test_a_source_is_told_of_a_feeder_that_still_waits(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storage that hangs: whoever closes the source must know that somebody reads it."""
-    release, told = threading.Event(), []
+def test_a_source_is_told_of_a_feeder_that_still_waits(
+    store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Storage that hangs: the source is asked to give up, and whoever closes it must know that somebody reads it."""
+    release, told = threading.Event(), list[bool | str]()
 
     def stuck(self: InlineSource) -> Iterator[Any]:
         release.wait(60)
         yield from ()
 
     monkeypatch.setattr(InlineSource, "__iter__", stuck)
+    monkeypatch.setattr(InlineSource, "give_up", lambda self: told.append("give up"))
     monkeypatch.setattr(InlineSource, "close", lambda self, *, still_read: told.append(still_read))
     monkeypatch.setattr(loader, "FEEDER_LIMIT_S", 0.1)
     store = open_store(str(store_paths["zarr"]))
@@ -279,4 +282,32 @@ def test_a_source_is_told_of_a_feeder_that_still_waits(store_paths: dict[str, Pa
     release.set()
     stream._thread.join(60)
     stream.close()
-    assert told == [True, False]
+    assert "giving up the sample of position 0 (this process to read it)" in capsys.readouterr().err
+    assert told == ["give up", True, False]
+
+
+def test_a_feeder_that_is_given_up_ends(store_paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that can end the wait does, and is then closed as one that nobody reads."""
+    given_up, told = threading.Event(), list[bool]()
+
+    def stuck(self: InlineSource) -> Iterator[Any]:
+        given_up.wait(60)
+        raise StreamError("given up")
+        yield
+
+    monkeypatch.setattr(InlineSource, "__iter__", stuck)
+    monkeypatch.setattr(InlineSource, "give_up", lambda self: given_up.set())
+    monkeypatch.setattr(InlineSource, "close", lambda self, *, still_read: told.append(still_read))
+    store = open_store(str(store_paths["zarr"]))
+    tasks = store.collection.tasks
+    stream = open_stream(make_config(), [store], tasks, rank=0, world_size=1, start_step=0, telemetry=None)
+    real_join, joins = stream._thread.join, list[bool]()
+
+    def join(timeout: float) -> None:
+        joins.append(given_up.is_set())
+        real_join(60 if given_up.is_set() else 0.1)
+
+    monkeypatch.setattr(stream._thread, "join", join)
+    stream.close()
+    assert joins == [False, True]
+    assert told == [False]
