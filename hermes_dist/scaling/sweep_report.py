@@ -17,6 +17,9 @@ from hermes_dist.scaling.sweep import Member, SweepConfig
 from hermes_dist.scaling.sweep_results import PARAMETERS, finished, law_groups, law_of, throughput_of
 from hermes_dist.scaling.throughput import ThroughputFit, TooFewRuns, efficiency
 
+TRUSTED_ERROR = 0.15
+"""Relative error up to which a fit of step times may be extrapolated. Equal work differs by a tenth from run to run on an idle
+host; a fit that misses by more has no term for what happened, or was measured beside other programs."""
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}"
     "td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}th:first-child,td:first-child{text-align:left}"
@@ -153,6 +156,8 @@ def _throughput(done: list[dict[str, Any]]) -> list[str]:
         return [*parts, f'<p class="no">No fit: {html.escape(fit.reason)}.</p>']
     error = "not tested" if fit.held_out_error is None else f"{fit.held_out_error:.1%}"
     parts.append(f"<p>Fit: residual {fit.relative_error:.1%}; largest world predicted from the smaller ones: {error}.</p>")
+    if max(fit.relative_error, fit.held_out_error or 0.0) > TRUSTED_ERROR:
+        parts.append(f'<p class="no">One of these is above {TRUSTED_ERROR:.0%}: do not extrapolate.</p>')
     parts.append(table(("term", "seconds"), list(fit.terms.items())))
     largest = max(runs, key=lambda r: r.ranks)
     share = largest.global_batch / largest.ranks

@@ -1,11 +1,13 @@
 """Throughput against ranks: a model with few terms, fitted to measured runs, and its extrapolation.
 
     step_s = t0 · σ + c · σ · samples per rank + a · log2(ranks) + b · megabytes sent per rank + w · samples per rank
+             + stage 3 only: t3 · σ + a3 · σ · micro-steps · log2(ranks)
 
 c is compute and per-sample work, t0 the fixed part of a step (optimizer, Python), a latency of collectives, b their inverse
-bandwidth (b absorbs what overlaps with computing), w the wait for data. σ = ranks / devices where several ranks share a core or
-card, else 1. All terms are non-negative; the fit minimises relative errors. The wait for data is measured apart (`wait_s`), so w
-is its mean per sample and the other terms are fitted to what is left of the step.
+bandwidth (b absorbs what overlaps with computing), w the wait for data. Stage 3 shares out and gathers the weights layer by layer:
+t3 is what that costs a step of one rank, a3 the latency of the gathers, which every micro-step repeats. σ = ranks / devices where
+several ranks share a core or card, else 1. All terms are non-negative; the fit minimises relative errors. The wait for data is
+measured apart (`wait_s`), so w is its mean per sample and the other terms are fitted to what is left of the step.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from scipy.optimize import nnls
 
 from hermes_dist.scaling.communication import step_bytes
 
-TERMS = ("fixed_s", "per_sample_s", "per_doubling_s", "per_megabyte_s")
+TERMS = ("fixed_s", "per_sample_s", "per_doubling_s", "per_megabyte_s", "stage3_fixed_s", "stage3_per_doubling_s")
 WAIT = "data_wait_per_sample_s"
 
 
@@ -78,16 +80,22 @@ class TooFewRuns:
 
 def _row(run: Measured) -> list[float]:
     sent = step_bytes(run.parameters, run.stage, run.ranks, micro_steps=run.micro_steps) / 1e6
-    return [run.sharing, run.sharing * run.global_batch / run.ranks, math.log2(run.ranks), sent]
+    doublings, gathering = math.log2(run.ranks), run.sharing if run.stage == 3 else 0.0
+    shared = [run.sharing, run.sharing * run.global_batch / run.ranks, doublings, sent]
+    return [*shared, gathering, gathering * run.micro_steps * doublings]
 
 
 def fit_throughput(runs: Sequence[Measured]) -> ThroughputFit | TooFewRuns:
-    """Fit the terms, or say what is missing: three world sizes and more runs than terms."""
+    """Fit the terms that the runs have (stage 3's only where it was used), or say what is missing.
+
+    Three world sizes and more runs than terms are needed; a term that no run has is zero.
+    """
     worlds = sorted({run.ranks for run in runs})
     if len(worlds) < 3:
         return TooFewRuns(f"runs at {len(worlds)} world sizes {worlds}; three or more are needed to tell latency from bandwidth")
-    if len(runs) <= len(TERMS):
-        return TooFewRuns(f"{len(runs)} runs for {len(TERMS)} terms; one more than terms is needed")
+    present = int(np.any([_row(run) for run in runs], axis=0).sum())
+    if len(runs) <= present:
+        return TooFewRuns(f"{len(runs)} runs for {present} terms; one more than terms is needed")
     terms, error = _solve(runs)
     inner = [run for run in runs if run.ranks < worlds[-1]]
     held_out = None

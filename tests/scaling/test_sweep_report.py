@@ -64,25 +64,29 @@ def test_the_report_of_a_scaling_study_is_one_page_with_its_law(tmp_path: Path) 
     assert "not enough points" in report(sweep, members(sweep, CONFIGS), rows[:4], "x")
 
 
-def test_the_report_of_a_throughput_study(tmp_path: Path) -> None:
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_the_report_of_a_throughput_study(disturbed: bool, tmp_path: Path) -> None:
+    """A sweep beside another program: the report says that its fit is not to be extrapolated."""
     sweep = sweep_of(tmp_path, study="throughput")
     rows = [
         {
             **synthetic_rows(Law(0.2, 1, 1, 0.5, 0.5))[0],
             "ranks": w,
             "zero_stage": z,
-            "global_batch": 2 * w,
-            "step_s": 0.2 + 0.02 * math.log2(w),
+            "global_batch": b * w,
+            "step_s": (0.1 + 0.05 * b + 0.02 * math.log2(w)) * (2 if disturbed and (w + b) % 3 == 0 else 1),
         }
         for w in (1, 2, 4)
         for z in (1, 3)
+        for b in (1, 2)
     ]
     runs, _ = throughput_of(rows)
-    assert len(runs) == 6
+    assert len(runs) == 12
     page = report(sweep, members(sweep, CONFIGS), rows, "x")
     assert "Efficiency per device" in page
     assert "Assumes a device for every rank" in page
     assert "data_wait_per_sample_s" in page
+    assert ("do not extrapolate" in page) == disturbed
 
 
 def test_a_throughput_study_knows_passes_and_leaves_out_models_without_formula(tmp_path: Path) -> None:

@@ -44,10 +44,11 @@ def test_a_measured_peak_is_a_plausible_rate() -> None:
     assert 1e8 < measured_peak(0.05, side=128) < 1e13
 
 
+TRUTH = (0.02, 0.1, 0.01, 1e-4, 0.05, 0.03)
+
+
 def synthetic(noise: float = 0.0) -> list[Measured]:
-    truth = ThroughputFit(
-        dict(zip(("fixed_s", "per_sample_s", "per_doubling_s", "per_megabyte_s"), (0.02, 0.1, 0.01, 1e-4), strict=True)), 0, 0
-    )
+    truth = ThroughputFit(dict(zip(TERMS, TRUTH, strict=True)), 0, 0)
     rng = np.random.default_rng(0)
     runs = [
         Measured(w, stage, batch, 60_000_000, truth.step_s(w, stage, batch, 60_000_000) * (1 + noise * rng.normal()))
@@ -61,7 +62,7 @@ def synthetic(noise: float = 0.0) -> list[Measured]:
 def test_the_fit_recovers_its_terms_and_extrapolates() -> None:
     fit = fit_throughput(synthetic())
     assert isinstance(fit, ThroughputFit)
-    assert [fit.terms[name] for name in TERMS] == pytest.approx([0.02, 0.1, 0.01, 1e-4], rel=1e-3)
+    assert [fit.terms[name] for name in TERMS] == pytest.approx(TRUTH, rel=1e-3)
     noisy = fit_throughput(synthetic(0.02))
     assert isinstance(noisy, ThroughputFit)
     assert noisy.relative_error < 0.04
@@ -89,10 +90,22 @@ def test_ranks_that_share_a_device_take_turns() -> None:
     ]
     fit = fit_throughput(shared)
     assert isinstance(fit, ThroughputFit)
-    assert [fit.terms[name] for name in TERMS] == pytest.approx([0.02, 0.1, 0.01, 1e-4], rel=1e-3)
+    assert [fit.terms[name] for name in TERMS] == pytest.approx(TRUTH, rel=1e-3)
     assert fit.step_s(8, 1, 16, 10**6) < 0.5 * fit.step_s(8, 1, 16, 10**6, devices=2)
     pair = [Measured(1, 1, 2, 10**6, 0.5, devices=2), Measured(4, 1, 8, 10**6, 1.0, devices=2)]
     assert [weak for _, weak, _ in efficiency(pair)] == pytest.approx([1, 1])
+
+
+def test_runs_without_stage_three_need_none_of_its_terms() -> None:
+    """Five runs are enough for four terms; its own are zero."""
+    plain = [r for r in synthetic() if r.stage == 1][:7]
+    assert len({r.ranks for r in plain}) >= 3
+    fit = fit_throughput(plain[:2] + plain[-3:])
+    assert isinstance(fit, ThroughputFit)
+    assert [fit.terms[name] for name in TERMS] == pytest.approx([*TRUTH[:4], 0, 0], rel=1e-3, abs=1e-12)
+    few = fit_throughput([r for r in synthetic() if r.stage == 3][:6])
+    assert isinstance(few, TooFewRuns)
+    assert "6 runs for 6 terms" in few.reason
 
 
 def test_two_world_sizes_are_not_enough() -> None:
@@ -120,7 +133,7 @@ def test_weak_and_strong_efficiency_have_peers_of_their_own() -> None:
 
 
 def test_accumulation_sends_more_in_stages_two_and_three() -> None:
-    truth = ThroughputFit(dict(zip(TERMS, (0.02, 0.1, 0.01, 1e-3), strict=True)), 0, 0)
+    truth = ThroughputFit(dict(zip(TERMS, (0.02, 0.1, 0.01, 1e-3, 0.05, 0.03), strict=True)), 0, 0)
     runs = [
         Measured(w, s, 2 * w * m, 10**8, truth.step_s(w, s, 2 * w * m, 10**8, micro_steps=m), micro_steps=m)
         for w in (1, 2, 4)
@@ -129,7 +142,7 @@ def test_accumulation_sends_more_in_stages_two_and_three() -> None:
     ]
     fit = fit_throughput(runs)
     assert isinstance(fit, ThroughputFit)
-    assert [fit.terms[name] for name in TERMS] == pytest.approx([0.02, 0.1, 0.01, 1e-3], rel=1e-3)
+    assert [fit.terms[name] for name in TERMS] == pytest.approx([0.02, 0.1, 0.01, 1e-3, 0.05, 0.03], rel=1e-3)
     assert fit.held_out_error == pytest.approx(0, abs=1e-6)
     assert fit.step_s(4, 3, 8, 10**8, micro_steps=4) > fit.step_s(4, 3, 8, 10**8) + 2
 
