@@ -4,7 +4,7 @@
              + stage 3 only: t3 · σ + a3 · σ · micro-steps · log2(ranks)
 
 c is compute and per-sample work, t0 the fixed part of a step (optimizer, Python), a latency of collectives, b their inverse
-bandwidth (b absorbs what overlaps with computing), w the wait for data. Stage 3 shares out and gathers the weights layer by layer:
+bandwidth (b absorbs what overlaps with computing), w the wait for data. Stage 3 shares out and gathers weights layer by layer:
 t3 is what that costs a step of one rank, a3 the latency of the gathers, which every micro-step repeats. σ = ranks / devices where
 several ranks share a core or card, else 1. All terms are non-negative; the fit minimises relative errors. The wait for data is
 measured apart (`wait_s`), so w is its mean per sample and the other terms are fitted to what is left of the step.
