@@ -14,6 +14,7 @@ SEEDS = 20
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(3600)
 def test_intervals_hold_the_truth_about_as_often_as_they_say(capsys: pytest.CaptureFixture[str]) -> None:
     held, errors = {"alpha": 0, "beta": 0, "E": 0}, []
     for seed in range(SEEDS):
