@@ -19,15 +19,15 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hermes_dist.config import CheckpointConfig
-from hermes_dist.errors import CheckpointError, HermesError
+from hermes_dist.errors import CheckpointError
 from hermes_dist.parallel import rollback
+from hermes_dist.parallel.agreement import ask_rank_0
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.fragments import sync_directory, write_bytes, write_tensors
 from hermes_dist.parallel.runtime import Runtime
@@ -36,9 +36,11 @@ from hermes_dist.parallel.stored import (
     AMENDED,
     FORMAT,
     Stored,
+    abandon,
     await_checkpoint,
     list_checkpoints,
     mark_best,
+    open_checkpoint,
     prune,
     read_extra,
     read_state,
@@ -49,6 +51,7 @@ from hermes_dist.telemetry.telemetry import Telemetry
 FAILED = "failed"
 """A file of this name in a temporary directory: one rank gave up, so that rank 0 need not wait for it."""
 WRITER_NICENESS = 10
+_WHAT_TO_DO = "Restore one from a backup, name one with run.resume=PATH, or start anew with another run.name"
 _POLL_S = 0.02
 
 
@@ -61,7 +64,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._temporary: Path | None = None
         self.saved_step: int | None = None
-        """Of the newest checkpoint that was begun."""
+        """Of the newest checkpoint that was begun, or of the run's own one that was loaded."""
         self._verdict: CheckpointError | None = None
         self._failures = 0
         self._error: Exception | None = None
@@ -188,52 +191,38 @@ class Checkpointer:
         """
         if resume == "never":
             return None
-        candidates, back_to = self._ask_rank_0(lambda: self._candidates(resume))
+        candidates, branches = ask_rank_0(self._runtime, lambda: self._candidates(resume))
         for path, crc32 in candidates:
             stored = self._open_everywhere(Path(path), crc32)
             if stored is not None:
                 state = self._restore(engine, stored)
-                if back_to is not None:
-                    abandoned = self._ask_rank_0(lambda: rollback.go_back(self._root, back_to))
-                    if abandoned:
-                        names = f"{', '.join(abandoned)} → abandoned-step_…"
-                        self._runtime.say(f"goes back to {stored.path.name}; newer checkpoints were renamed: {names}")
-                elif resume != "auto" and (line := rollback.note(self._root, Path(resume), stored.path)):
+                if stored.path.resolve().parent == self._root.resolve():
+                    self.saved_step = stored.step
+                if branches:
+                    line = ask_rank_0(self._runtime, lambda: rollback.branch_off(self._root, Path(resume)))
+                else:
+                    line = rollback.note(self._root, Path(resume), stored.path) if resume != "auto" else None
+                if line:
                     self._runtime.say(line)
                 return state
         if candidates:
-            raise CheckpointError(
-                f"{self._root}: none of {len(candidates)} checkpoints is undamaged. Restore one from a backup, name one with "
-                "run.resume=PATH, or start anew with run.resume=never"
-            )
+            raise CheckpointError(f"{self._root}: none of {len(candidates)} checkpoints is undamaged. {_WHAT_TO_DO}")
         return None
 
-    def _candidates(self, resume: str) -> tuple[list[tuple[str, int]], int | None]:
-        """On rank 0: path and CRC-32 of the index of what to try in turn; and the step that the run goes back to."""
-        back_to = None
+    def _candidates(self, resume: str) -> tuple[list[tuple[str, int]], bool]:
+        """On rank 0: path and CRC-32 of the index of what to try in turn; and whether the run branches off there."""
+        branches = False
         if resume == "auto":
             found = list_checkpoints(self._run_dir)
+            if not found and (unreadable := sorted(p.name for p in self._root.glob("step_*"))):
+                raise CheckpointError(
+                    f"{self._root}: the index of none of {len(unreadable)} checkpoints is undamaged ({unreadable[-1]}, …). "
+                    f"{_WHAT_TO_DO}"
+                )
             rollback.forget(self._root)
         else:
-            found, back_to = rollback.candidates(self._run_dir, Path(resume))
-        return [(str(stored.path), stored.index_crc32) for stored in found], back_to
-
-    def _ask_rank_0(self, answer: Callable[[], Any]) -> Any:
-        """Rank 0's (JSON-able) answer on every rank.
-
-        Only rank 0 decides from what it sees in a directory: listings of a network file system may be seconds old on other
-        hosts. If it fails, all ranks fail, so that none waits for the others.
-        """
-        lines: list[str] = []
-        if self._runtime.rank == 0:
-            try:
-                lines = [json.dumps({"answer": answer()})]
-            except (HermesError, OSError) as error:
-                lines = [json.dumps({"error": str(error)})]
-        reply = json.loads(self._runtime.gather_lines(lines)[0])
-        if "error" in reply:
-            raise CheckpointError(reply["error"])
-        return reply["answer"]
+            found, branches = rollback.candidates(self._run_dir, Path(resume))
+        return [(str(stored.path), stored.index_crc32) for stored in found], branches
 
     def _open_everywhere(self, path: Path, index_crc32: int) -> Stored | None:
         """The same checkpoint on every rank; None on every rank if a file of it is damaged. Each rank checks some files."""
@@ -272,7 +261,7 @@ class Checkpointer:
             # Another world has no generator of ours; one that depends on step and rank keeps runs repeatable.
             torch.manual_seed((stored.step << 20) + self._runtime.rank)
         self._runtime.barrier()
-        return self._ask_rank_0(lambda: read_state(stored))
+        return ask_rank_0(self._runtime, lambda: read_state(stored))
 
     def _write(self, temporary: Path, snapshot: Snapshot, state: dict[str, Any], step: int, best: bool, behind: bool) -> None:
         began = time.perf_counter()
@@ -292,6 +281,12 @@ class Checkpointer:
                 self.telemetry.observe("hermes_checkpoint_duration_seconds", time.perf_counter() - began, phase="write")
         except Exception as error:  # whatever it is: an error that ended only this thread would pass for success
             self._error = error
+            if self._runtime.world_size > 1:  # the others wait for it, perhaps in vain: say so at once
+                print(
+                    f"error: rank {self._runtime.rank}: {temporary}: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+                )
+            with contextlib.suppress(OSError):  # it may be what fills the disk, where the run's metrics go too
+                (temporary / f"rank_{self._runtime.rank:05d}.safetensors").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 (temporary / FAILED).touch()
             if self.telemetry is not None:
@@ -299,7 +294,8 @@ class Checkpointer:
 
     def _commit(self, temporary: Path, common: dict[str, Any], state: dict[str, Any], step: int, best: bool) -> None:
         names = [f"rank_{rank:05d}.safetensors" for rank in range(self._runtime.world_size)]
-        files = {name: _await_json(temporary / f"{name}.json", self._runtime.limit_s) for name in names}
+        # The others wait in a sum, for at most the limit: give up long before, to say why.
+        files = {name: _await_json(temporary / f"{name}.json", self._runtime.limit_s / 2) for name in names}
         now = time.time()
         index = {
             "format": FORMAT,
@@ -316,8 +312,7 @@ class Checkpointer:
         sync_directory(temporary)
         final = self._root / f"step_{step:08d}"
         if final.exists():
-            # A damaged or older one of the same step: set aside first, since a directory cannot be replaced in one go.
-            set_aside(final)
+            _make_room(final)
         temporary.rename(final)
         sync_directory(self._root)
         write_bytes(self._root / "latest", f"{final.name}\n".encode())
@@ -333,6 +328,16 @@ class Checkpointer:
             prune(self._root, self._config, final.name)
         except OSError as error:  # the checkpoint is complete all the same
             print(f"warning: {self._root}: older checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
+
+
+def _make_room(final: Path) -> None:
+    """Put a checkpoint of the same step out of the way: a directory cannot be replaced in one go."""
+    try:
+        open_checkpoint(final)
+    except CheckpointError:  # whatever it is, it is not ours to delete
+        abandon(final)
+    else:
+        set_aside(final)
 
 
 def _await_json(path: Path, limit_s: float) -> dict[str, Any]:

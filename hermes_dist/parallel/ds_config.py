@@ -95,6 +95,16 @@ def zero_stage(config: Config) -> int:
     return int(stage)
 
 
+def offloads(config: Config) -> bool:
+    """Whether optimizer states are kept in host memory (`offload_optimizer`)."""
+    return _offload_device(config.deepspeed.get("zero_optimization", {})) == "cpu"
+
+
+def _offload_device(zero: dict[str, Any]) -> str:
+    offload = zero.get("offload_optimizer") or {}
+    return offload.get("device", "none") if isinstance(offload, dict) else offload
+
+
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Micro-batches per rank and step: the rank's share of the global batch over `train.micro_batch`, rounded up."""
     per_rank = -(-config.train.global_batch // world_size)
@@ -153,7 +163,7 @@ def _check_zero(zero: dict[str, Any], stage: int) -> None:
     if set(zero) - {"stage"}:
         _check_with_deepspeed(zero)
     offload = zero.get("offload_optimizer") or {}
-    device = offload.get("device", "none") if isinstance(offload, dict) else offload
+    device = _offload_device(zero)
     if device == "nvme":
         raise ConfigError("deepspeed.zero_optimization.offload_optimizer.device = 'nvme': expected 'cpu' or 'none'")
     if device == "cpu" and stage == 0:

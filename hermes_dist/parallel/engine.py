@@ -11,6 +11,7 @@ import functools
 import importlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hermes_dist.config import Config
+from hermes_dist.errors import ConfigError
 from hermes_dist.parallel.clock import StepClock
-from hermes_dist.parallel.ds_config import BUFFER_ELEMENTS, build_ds_config, zero_stage
+from hermes_dist.parallel.ds_config import BUFFER_ELEMENTS, build_ds_config, offloads, zero_stage
 from hermes_dist.parallel.ema import Ema
 from hermes_dist.parallel.lamb import Lamb
 from hermes_dist.parallel.partition import Partition, describe_partition
@@ -96,6 +98,7 @@ class Engine:
         self.partition: Partition = describe_partition(model, self._ds.optimizer, self.stage, shapes)
         if isinstance(self._base, Lamb):
             self._base.bind(self.partition)
+        self._branches = BranchGuard(model) if self.stage >= 2 and offloads(config) else None
         self.ema = Ema(self.partition, config.train.ema.decay) if config.train.ema.enabled else None
         self.steps = 0
         self.skipped_steps = 0
@@ -123,14 +126,18 @@ class Engine:
 
         Raises:
             WaitTimeoutError: a collective reached `train.step_limit_s`, or a peer died; names rank, step and operation.
+            ConfigError: stage 2 or 3 with offload, and a parameter was used in some micro-batches of the step only.
         """
         for group in self._base.param_groups:
             group["lr"] = lr
-        self.runtime.begin_vote()
         self._finite.clear()
         try:
             for index, batch in enumerate(micro_batches):
                 self._accumulate(batch, loss_fn, index, last=index == len(micro_batches) - 1)
+            if self._branches is not None:
+                self._branches.check(len(micro_batches))
+            # Here, behind the update: a signal that came during the passes, the long part, stops after this very step.
+            self.runtime.begin_vote()
             stats = self._update()
             self.runtime.end_vote()
         except RuntimeError as error:
@@ -218,6 +225,33 @@ class Engine:
         if not (self.partition.replicated or (frozen and self.stage < 3)):
             self.runtime.sum(whole)
         return whole.view(shape)
+
+
+class BranchGuard:
+    """Finds what DeepSpeed does wrong without a word: with offload under stages 2 and 3, a gradient summed over micro-batches is
+    lost (or is an old one) where the parameter has none in one of them, as in a branch that only some samples take.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: Counter[str] = Counter()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(functools.partial(self._count, name))
+
+    def _count(self, name: str, gradient: Tensor) -> None:
+        del gradient
+        self._seen[name] += 1
+
+    def check(self, micro_batches: int) -> None:
+        """After a step's passes. Raises ConfigError."""
+        seen, self._seen = self._seen, Counter()
+        for name, count in seen.items():
+            if count < micro_batches:
+                raise ConfigError(
+                    f"parameter {name!r} had a gradient in {count} of a step's {micro_batches} micro-batches, which "
+                    "deepspeed.zero_optimization.offload_optimizer under stage 2 or 3 would lose. Use stage 1, no offload, a "
+                    "train.micro_batch that makes one micro-batch a step, or a model that uses every parameter each time"
+                )
 
 
 def make_optimizer(params: Sequence[Tensor], config: Config, shapes: Mapping[str, torch.Size]) -> torch.optim.Optimizer:

@@ -131,11 +131,16 @@ def restore_snapshot(engine: Engine, reader: FragmentReader, common: dict[str, A
 
 def _restore_moments(engine: Engine, reader: FragmentReader, buffer: FlatBuffer, steps: int) -> None:
     state = engine.optimizer.state[buffer.key]
-    state["step"] = steps if engine.config.optimizer.name == "lamb" else torch.tensor(float(steps))
+    state["step"] = steps if engine.config.optimizer.name == "lamb" else adam_step(steps, buffer.key)
     for kind in MOMENTS:
         flat = torch.zeros_like(buffer.master)
         _fill(reader, flat, kind, buffer)
         state[kind] = flat.view(buffer.key.shape)
+
+
+def adam_step(steps: int, key: Tensor) -> Tensor:
+    """torch's step count of AdamW for the buffer `key`: the fused kernel wants it where the buffer is."""
+    return torch.tensor(float(steps), dtype=torch.float32, device=key.device)
 
 
 def _fill(reader: FragmentReader, flat: Tensor, kind: str, buffer: FlatBuffer) -> None:

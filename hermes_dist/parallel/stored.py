@@ -22,6 +22,7 @@ from hermes_dist.parallel.fragments import Fragment, FragmentReader, measure_fil
 FORMAT = 1
 AMENDED = "amended.json"
 """In a checkpoint: the caller's state as it was learned later, at the same step. It replaces the one in checkpoint.json."""
+ABANDONED = "abandoned-"
 _LOOK_S = 0.1
 """Between two looks for a directory that another host wrote."""
 
@@ -57,27 +58,50 @@ class Stored:
         return bad
 
 
+class DamagedIndexError(CheckpointError):
+    """A directory whose checkpoint.json is missing, cut off, or something else."""
+
+
 def list_checkpoints(run_dir: Path) -> list[Stored]:
-    """Complete checkpoints of a run, newest first. One whose index cannot be read is reported on stderr and left out."""
+    """Complete checkpoints of a run, newest first. One whose index is damaged is reported on stderr and left out.
+
+    Raises:
+        CheckpointError: the storage failed, or one was written by another version: it may be sound, and must not be passed over.
+    """
     found: list[Stored] = []
     for path in sorted((run_dir / "checkpoints").glob("step_*"), reverse=True):
         try:
             found.append(open_checkpoint(path))
-        except CheckpointError as error:
+        except DamagedIndexError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
     return found
 
 
 def open_checkpoint(path: Path) -> Stored:
-    """Read a checkpoint's index. Raises CheckpointError if it is missing, unreadable, or of another format version."""
+    """Read a checkpoint's index.
+
+    Raises:
+        DamagedIndexError: it is missing, or no index.
+        CheckpointError: it could not be read, or has another format version.
+    """
     try:
         text = (path / "checkpoint.json").read_bytes()
         index = json.loads(text)
         version = index["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no readable checkpoint ({error}); expected a directory with checkpoint.json") from None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        raise DamagedIndexError(
+            f"{path} is no readable checkpoint ({error}); expected a directory with checkpoint.json"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: checkpoint.json could not be read ({error}); it may be undamaged. Mend the storage or the "
+            "permissions and start again, or name another checkpoint with run.resume=PATH"
+        ) from None
     if version != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {version}; this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{path} has checkpoint format {version}; this version reads format {FORMAT}. Use the version that wrote it (see "
+            "environment.json of the run), or another run.name"
+        )
     return Stored(path, index, zlib.crc32(text))
 
 
@@ -107,6 +131,14 @@ def await_checkpoint(path: Path, index_crc32: int, limit_s: float) -> Stored:
 def set_aside(path: Path) -> Path:
     """Hide a checkpoint in one go, under a name that the next `prune` deletes. Returns where it is."""
     return path.rename(path.parent / f".tmp-old-{secrets.token_hex(5)}")
+
+
+def abandon(path: Path) -> None:
+    """Put a checkpoint out of the way under a name that is never resumed from, and never deleted by the run."""
+    target, number = path.parent / f"{ABANDONED}{path.name}", 2
+    while target.exists():
+        target, number = path.parent / f"{ABANDONED}{path.name}-{number}", number + 1
+    path.rename(target)
 
 
 def prune(root: Path, config: CheckpointConfig, committed: str) -> None:

@@ -12,6 +12,8 @@ import fcntl
 import json
 import math
 import os
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,19 +81,44 @@ def last_row(path: Path, window_bytes: int = 1 << 17) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MOST_LATE = 10_000
+"""Lines that wait for space, at most: a step's line has a few kilobytes."""
+
+
 class JsonlFile:
-    """A file of JSON lines, open for appending; several processes may share one."""
+    """A file of JSON lines, open for appending; several processes may share one.
+
+    A full disk must not end a training run: what does not fit waits in memory, in order, for the next line that does.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._late: deque[bytes] = deque()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._locked(self._drop_torn_line)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line. The lock keeps lines of several hosts apart on network file systems, where appending is not atomic."""
-        line = encode(row)
-        self._locked(lambda: self._write(line))
+        """Write one line. The lock keeps lines of several hosts apart on network file systems, where appending is not atomic.
+
+        Raises:
+            OSError: the storage failed; or it is full, and MOST_LATE lines wait already.
+        """
+        self._late.append(encode(row))
+        try:
+            self._write_late()
+        except OSError as error:
+            if error.errno not in FULL or len(self._late) > MOST_LATE:
+                raise
+            if len(self._late) == 1:
+                print(f"warning: {self.path}: {error.strerror}; lines wait in memory for space", file=sys.stderr, flush=True)
+
+    def _write_late(self) -> None:
+        while self._late:
+            line = self._late[0]
+            self._locked(lambda line=line: self._write(line))
+            self._late.popleft()
 
     def keep_steps_before(self, next_step: int) -> None:
         """Remove the rows of `next_step` and later: a resumed run writes them again. Replaces the file atomically."""
@@ -106,9 +133,15 @@ class JsonlFile:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
 
     def close(self) -> None:
-        """Flush to the disk and close."""
+        """Flush to the disk and close. Lines that still find no space are lost, with a warning."""
         if self._descriptor >= 0:
-            os.fsync(self._descriptor)
+            try:
+                self._write_late()
+                os.fsync(self._descriptor)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                print(f"warning: {self.path}: {len(self._late)} lines are lost: {error.strerror}", file=sys.stderr, flush=True)
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -116,7 +149,7 @@ class JsonlFile:
         written = os.write(self._descriptor, line)
         if written < len(line):  # a full disk takes a part: leave no torn line in the middle of the file
             os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
-            raise OSError(errno.ENOSPC, "no space left for a line of metrics; free some space", str(self.path))
+            raise OSError(errno.ENOSPC, "no space left; free some", str(self.path))
 
     def _locked(self, action: Callable[[], object]) -> None:
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)

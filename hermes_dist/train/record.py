@@ -77,6 +77,8 @@ class StepRecord:
     lr: float
     order_hash: str
     global_samples: int
+    position: int
+    """Of the next step's first sample in the plan."""
     step_s: float
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -88,7 +90,7 @@ class StepRecord:
         patches = sum(b.image.shape[0] for b in self.batch.micro_batches)
         return {
             "step": self.batch.step,
-            "position": (self.batch.step + 1) * config.train.global_batch,
+            "position": self.position,
             "loss": float(pairs.sum()) / n + (config.loss.modality_weight or 0.0) * modality,
             "loss_bce": float(bce.sum()) / n,
             "loss_dice": float(dice.sum()) / n,

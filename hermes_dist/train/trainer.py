@@ -15,6 +15,7 @@ from hermes_dist.errors import CheckpointError, HermesError, NumericalError, Wai
 from hermes_dist.models import build_model
 from hermes_dist.models.checkpointing import apply_activation_checkpointing
 from hermes_dist.models.compilation import compile_blocks
+from hermes_dist.parallel.agreement import check_shared
 from hermes_dist.parallel.checkpoint import Checkpointer
 from hermes_dist.parallel.ds_config import build_ds_config
 from hermes_dist.parallel.engine import Engine, StepStats
@@ -79,7 +80,7 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     build_ds_config(config, runtime.world_size)
     if runtime.rank == 0:
         run_directory.prepare(config, tasks, preprocessing, runtime.world_size)
-    runtime.barrier()
+    check_shared(config.run_dir / "checkpoints", runtime)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, tasks)
     initial = transfer.initialise(model, config, tasks)
@@ -202,7 +203,7 @@ def _one_step(
     if stats.skipped:
         _name_suspects(batch, stats, runtime, telemetry)
     step_s = time.perf_counter() - started + batch.data_wait_s
-    record = StepRecord(batch, stats, total, lr, state.order_hash, len(samples), step_s)
+    record = StepRecord(batch, stats, total, lr, state.order_hash, len(samples), state.position, step_s)
     row = record.row(config, tasks)
     telemetry.step(row)
     stream.quarantine.check()

@@ -18,6 +18,7 @@ from hermes_dist.parallel.checkpoint import Checkpointer, list_checkpoints, mark
 from hermes_dist.parallel.engine import Engine
 from hermes_dist.parallel.fragments import write_tensors
 from hermes_dist.parallel.runtime import Runtime
+from hermes_dist.parallel.snapshot import adam_step
 from hermes_dist.parallel.weights import read_weights
 from tests.parallel.conftest import make_config, make_engine, train_steps
 
@@ -99,6 +100,95 @@ def test_all_damaged_is_an_error_not_a_silent_new_start(tmp_path: Path, runtime:
         Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime))
     with pytest.raises(CheckpointError, match="no undamaged checkpoint"):
         read_weights(tmp_path)
+
+
+def damage_index(run: Path, how: str) -> None:
+    for index in (run / "checkpoints").glob("step_*/checkpoint.json"):
+        if how == "cut off":
+            index.write_text('{"format": 1, "st')
+        elif how == "another version":
+            index.write_text(json.dumps({**json.loads(index.read_text()), "format": 2}))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("cut off", "the index of none of 2 checkpoints is undamaged .*another run.name"),
+        ("another version", "step_00000003 has checkpoint format 2; this version reads format 1"),
+        ("stale", "checkpoint.json could not be read .*Stale file handle.*Mend the storage"),
+    ],
+)
+def test_what_cannot_be_read_is_never_taken_for_nothing(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, how: str, message: str
+) -> None:
+    """Starting anew would replace the old checkpoints one by one."""
+    save_some(tmp_path, runtime)
+    damage_index(tmp_path, how)
+    if how == "stale":
+        read = Path.read_bytes
+
+        def stale(path: Path) -> bytes:
+            if path.name == "checkpoint.json" and path.parent.name == "step_00000003":
+                raise OSError(116, "Stale file handle")
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpointer(tmp_path, CONFIG, runtime).load(make_engine(runtime))
+
+
+@pytest.mark.parametrize("how", ["cut off", "another version"])
+def test_one_that_cannot_be_opened_is_not_replaced(tmp_path: Path, runtime: Runtime, how: str) -> None:
+    save_some(tmp_path, runtime, steps=1)
+    damage_index(tmp_path, how)
+    save_some(tmp_path, runtime, steps=1)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1]
+    assert (tmp_path / "checkpoints" / "abandoned-step_00000001" / "rank_00000.safetensors").is_file()
+
+
+def test_what_is_learned_of_a_loaded_step_is_noted_in_its_checkpoint(tmp_path: Path, runtime: Runtime) -> None:
+    """An evaluation that was still due. The tensors are not written again: the checkpoint would be out of sight meanwhile."""
+    save_some(tmp_path, runtime)
+    written = tmp_path / "checkpoints" / "step_00000003" / "rank_00000.safetensors"
+    before = written.stat()
+    engine = make_engine(runtime)
+    checkpointer = Checkpointer(tmp_path, CONFIG, runtime)
+    assert checkpointer.load(engine) == {"step": 3}
+    checkpointer.amend(engine, {"step": 3, "evaluated": True}, 3, best=True)
+    checkpointer.finish()
+    assert written.stat().st_ino == before.st_ino
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step_00000003\n"
+    assert Checkpointer(tmp_path, CONFIG, runtime).load(engine) == {"step": 3, "evaluated": True}
+
+
+def test_the_step_count_of_adamw_comes_back_as_torch_keeps_it(tmp_path: Path, runtime: Runtime) -> None:
+    """Where the buffer is: the fused kernel takes no other. (A device that is not there stands for a GPU.)"""
+    engine = make_engine(runtime, optimizer={"name": "adamw"})
+    train_steps(engine, 0, 2)
+    checkpointer = Checkpointer(tmp_path, CONFIG, runtime)
+    checkpointer.save(engine, {}, 2)
+    checkpointer.finish()
+    again = make_engine(runtime, optimizer={"name": "adamw"})
+    checkpointer.load(again)
+    for ours, theirs in zip(again.partition.buffers, engine.partition.buffers, strict=True):
+        want, got = engine.optimizer.state[theirs.key]["step"], again.optimizer.state[ours.key]["step"]
+        assert (got.dtype, got.device, float(got)) == (want.dtype, want.device, float(want))
+    assert adam_step(2, torch.empty(1, device="meta")).device.type == "meta"
+
+
+def test_a_failed_write_gives_its_space_back_at_once(tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the next checkpoint: until then nothing else could be written either."""
+
+    def half(path: Path, tensors: object) -> dict[str, int]:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hermes_dist.parallel.checkpoint.write_tensors", half)
+    checkpointer = Checkpointer(tmp_path, CONFIG, runtime)
+    checkpointer.save(make_engine(runtime), {}, 1)
+    assert checkpointer._thread is not None
+    checkpointer._thread.join(60)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_damaged_one_is_replaced_when_its_step_is_reached_again(tmp_path: Path, runtime: Runtime) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,36 @@ def test_contradicting_section_is_refused_before_anything_starts(runtime: Runtim
     config = make_config().model_copy(update={"deepspeed": {"train_batch_size": 4}})
     with pytest.raises(ConfigError, match="train_batch_size is stated by train.global_batch"):
         Engine(toy.make_model(), config, runtime)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("used_in", ["all", "none", "first", "last"])
+def test_offload_refuses_a_branch_that_only_some_micro_batches_take(stage: int, used_in: str, runtime: Runtime) -> None:
+    """DeepSpeed would lose its gradient under stages 2 and 3, without a word."""
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    engine = Engine(toy.make_model(), make_config(optimizer={"name": "adamw"}, deepspeed={"zero_optimization": zero}), runtime)
+    samples = toy.make_samples(0, 4)
+    batches = toy.split(samples, 0, 1, 2)
+    for index, batch in enumerate(batches):
+        batch.branch = used_in == "all" or index == {"first": 0, "last": len(batches) - 1}.get(used_in)
+    loss_fn = toy.make_loss(toy.pair_count(samples))
+    if stage == 1 or used_in in ("all", "none"):
+        assert not engine.step(batches, loss_fn, lr=0.02).skipped
+        return
+    with pytest.raises(ConfigError, match=f"'sometimes.*in 1 of a step's {len(batches)} micro-batches"):
+        engine.step(batches, loss_fn, lr=0.02)
+
+
+def test_the_vote_on_stopping_comes_after_the_passes(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal during the last micro-batch stops after this very step."""
+    engine, order = make_engine(runtime), list[str]()
+    monkeypatch.setattr(runtime, "begin_vote", lambda: order.append("vote"))
+    samples = toy.make_samples(0, 4)
+    plain = toy.make_loss(toy.pair_count(samples))
+
+    def loss_fn(module: Any, batch: Any) -> Any:
+        order.append("pass")
+        return plain(module, batch)
+
+    engine.step(toy.split(samples, 0, 1, 2), loss_fn, lr=0.02)
+    assert order == ["pass", "pass", "vote"]

@@ -117,3 +117,34 @@ def test_a_checkpoint_of_another_run_abandons_nothing(run: Run, tmp_path: Path, 
     assert other.go(str(run.root / "step_00000001"), 3) == 1
     assert run.steps == [2, 1]
     assert not (run.root / "rolled_back").exists()
+
+
+def test_a_run_that_began_at_another_keeps_its_own_progress(
+    run: Run, tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command again, as a requeue gives it."""
+    run.go("auto", 10)
+    start, other = str(run.root / "step_00000010"), Run(tmp_path / "other", runtime)
+    assert other.go(start, 40) == 10
+    capsys.readouterr()
+    assert other.go(start, 50) == 40
+    assert f"goes on from step_00000040, written since the run began at {start}" in capsys.readouterr().err
+    run.go("auto", 20, 30, 40)  # the named one is pruned there
+    assert other.go(start, keep=1) == 50
+    assert other.go("auto", 60) == 50
+    assert other.steps == [60, 50]
+
+
+def test_a_run_with_checkpoints_of_its_own_that_begins_at_another_abandons_them(
+    run: Run, tmp_path: Path, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are no descendants of it: their step numbers would be taken for newer."""
+    run.go("auto", 10)
+    other = Run(tmp_path / "other", runtime)
+    other.go("auto", 5, 90, best=90)
+    assert other.go(str(run.root / "step_00000010"), 20) == 10
+    said = capsys.readouterr().err
+    assert "the run's own checkpoints were renamed: step_00000005, step_00000090 → abandoned-step_…" in said
+    assert other.steps == [20]
+    assert not (other.root / "best").exists()
+    assert other.go("auto") == 20

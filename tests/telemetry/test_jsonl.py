@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from hermes_dist.telemetry import jsonl
 from hermes_dist.telemetry.jsonl import JsonlFile, RowFollower, encode, last_row, read_rows
 
 WRITER = """
@@ -90,17 +91,52 @@ def test_a_killed_writer_leaves_whole_lines_only(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
 
 
-def test_a_short_write_of_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_that_find_no_space_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk takes a part of a line: no half line is left, and the run goes on."""
     file = JsonlFile(tmp_path / "metrics.jsonl")
     file.append({"step": 0})
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:4]))
-    with pytest.raises(OSError, match="no space left"):
-        file.append({"step": 1})
-    monkeypatch.undo()
     file.append({"step": 1})
+    file.append({"step": 2})
+    assert [row["step"] for row in read_rows(file.path)] == [0]
+    assert file.path.read_bytes().endswith(b"}\n")
+    assert capsys.readouterr().err.count("no space left") == 1
+    monkeypatch.undo()
+    file.append({"step": 3})
     file.close()
-    assert [row["step"] for row in read_rows(file.path)] == [0, 1]
+    assert [row["step"] for row in read_rows(file.path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [28, 5])
+def test_lines_are_lost_with_a_warning_and_failing_storage_is_an_error(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = JsonlFile(tmp_path / "metrics.jsonl")
+
+    def fails(fd: int, data: bytes) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "write", fails)
+    if number != 28:
+        with pytest.raises(OSError, match="Input/output"):
+            file.append({"step": 0})
+        return
+    file.append({"step": 0})
+    file.close()
+    assert "1 lines are lost: No space left on device" in capsys.readouterr().err
+
+
+def test_not_everything_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MOST_LATE", 3)
+    monkeypatch.setattr(os, "write", lambda fd, data: 0)
+    file = JsonlFile(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        file.append({"step": step})
+    with pytest.raises(OSError, match="no space left"):
+        file.append({"step": 3})
 
 
 def test_a_follower_gives_new_whole_rows_and_starts_again_after_a_resume(tmp_path: Path) -> None:

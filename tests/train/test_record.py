@@ -42,7 +42,7 @@ def test_row_holds_global_means_and_keeps_datasets_that_share_a_task_apart():
         positions=np.array([8, 9]), data_wait_s=0.5,
     )  # fmt: skip
     config = resolve(Config())
-    record = StepRecord(step, StepStats(0.25, False, {"forward": 1.0}), sums.unpack(sums.packed()), 1e-3, "ab", 2, 2.0)
+    record = StepRecord(step, StepStats(0.25, False, {"forward": 1.0}), sums.unpack(sums.packed()), 1e-3, "ab", 2, 408, 2.0)
     row = record.row(config, TASKS)
     assert row["loss_bce"] == pytest.approx(7 / 3)
     assert row["loss"] == pytest.approx(7 / 3 + 0.001 * 3)
@@ -53,7 +53,7 @@ def test_row_holds_global_means_and_keeps_datasets_that_share_a_task_apart():
     assert row["task_foreground"] == {"a/liver": 1, "b/liver": 1}, (
         "a pair without a voxel of the class, and a filler, do not count"
     )
-    assert (row["samples_per_s"], row["samples"], row["patches"], row["position"]) == (1.0, 2, 3, 5 * 16)
+    assert (row["samples_per_s"], row["samples"], row["patches"], row["position"]) == (1.0, 2, 3, 408)
     required = {"step", "position", "loss", "loss_bce", "loss_dice", "loss_modality", "lr", "grad_norm", "skipped", "step_s",
                 "data_wait_s", "samples_per_s", "order_hash"}  # fmt: skip
     assert required <= row.keys()

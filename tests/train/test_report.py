@@ -45,7 +45,7 @@ def row_of(config: Config, step: int) -> dict[str, Any]:
     sums.per_class[:] = torch.tensor([0.3, 0.9 - step / 99, 1 / (1 + step / 9), 1.0])[:, None]
     sums.per_class[:, 2:] *= step % 2
     batch = StepBatch(step, [], 4, 1, np.zeros(4, np.int64), np.zeros(4, np.int64), data_wait_s=0.01)
-    return StepRecord(batch, StepStats(1.0, False), sums, 1e-3, "", 4, 0.5).row(config, TASKS)
+    return StepRecord(batch, StepStats(1.0, False), sums, 1e-3, "", 4, 4, 0.5).row(config, TASKS)
 
 
 class Checker(HTMLParser):
