@@ -18,9 +18,16 @@ BATCH = 3
 
 
 @cache
-def reference(model: str, optimizer: str, steps: int) -> dict[str, list]:
-    """Plain PyTorch, one process, the whole batch at once."""
-    return reference_run(optimizer, steps=steps, batch=BATCH, lr=RATES[model], decay=0.01, clip=0.3, kit=HermesKit(model))
+def reference(model: str, optimizer: str, steps: int, micro_batch: int | None = None) -> dict[str, list]:
+    """Plain PyTorch, one process, the whole batch at once (or in micro-batches)."""
+    kit, lr = HermesKit(model), RATES[model]
+    return reference_run(optimizer, steps=steps, batch=BATCH, lr=lr, decay=0.01, clip=0.3, kit=kit, micro_batch=micro_batch)
+
+
+def drift(model: str, optimizer: str, steps: int) -> float:
+    """How far one process in micro-batches of one is from itself with the whole batch: largest relative deviation of the loss."""
+    whole, parts = (np.array(reference(model, optimizer, steps, size)["loss"]) for size in (None, 1))
+    return float(np.abs(parts / whole - 1).max())
 
 
 def deviations(

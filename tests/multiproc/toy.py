@@ -130,11 +130,21 @@ def reference_lamb(
 
 
 def reference_run(
-    optimizer: str, *, steps: int, batch: int, lr: float, decay: float, clip: float, eps: float = 1e-3, kit: Any = None
+    optimizer: str,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    decay: float,
+    clip: float,
+    eps: float = 1e-3,
+    kit: Any = None,
+    micro_batch: int | None = None,
 ) -> dict[str, list]:
     """The single process with the whole batch in plain PyTorch: losses, gradient norms, LAMB's ratios, EMA at the end.
 
-    `kit`: what has `make_model`, `make_samples`, `pair_count`, `collate`, `make_loss` (default: this module).
+    `kit`: what has `make_model`, `make_samples`, `pair_count`, `collate`, `make_loss` (default: this module). `micro_batch`: take
+    the batch in parts of so many samples instead.
     """
     kit = kit or sys.modules[__name__]
     model = kit.make_model()
@@ -147,12 +157,15 @@ def reference_run(
     for step in range(steps):
         samples = kit.make_samples(step, batch)
         model.zero_grad(set_to_none=False)
-        loss = kit.make_loss(kit.pair_count(samples))(model, kit.collate(samples))
-        loss.backward()
+        loss_fn, size, losses = kit.make_loss(kit.pair_count(samples)), micro_batch or batch, list[float]()
+        for part in (samples[i : i + size] for i in range(0, batch, size)):
+            loss = loss_fn(model, kit.collate(part))
+            loss.backward()
+            losses.append(float(loss.detach()))
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         out["norm"].append(float(nn.utils.clip_grad_norm_(params, clip)))
-        out["loss"].append(float(loss.detach()))
+        out["loss"].append(sum(losses))
         if optimizer == "lamb":
             out["ratios"].append(reference_lamb(params, moments, step=step + 1, lr=lr, eps=eps, decay=decay))
         else:
