@@ -101,7 +101,8 @@ class StepBatch:
 
     `pair_count` and `modality_count` are global: valid (sample, task) pairs and stated modalities of the whole step.
     `identities`, `positions` and `cases` (`dataset/case_id`) describe the real local samples in order. `wait_parts_s` sums to
-    `data_wait_s`. `unreadable` are the cases (by number over all manifests) that this rank found to be bad for the first time.
+    `data_wait_s`, this rank's; `data_stall_s` is the longest of all ranks', which the step waited for (the trainer fills it in).
+    `unreadable` are the cases (by number over all manifests) that this rank found to be bad for the first time.
     """
 
     step: int
@@ -112,6 +113,7 @@ class StepBatch:
     positions: np.ndarray[Any, np.dtype[np.int64]]
     cases: list[str] = field(default_factory=list[str])
     data_wait_s: float = 0.0
+    data_stall_s: float = 0.0
     wait_parts_s: dict[str, float] = field(default_factory=dict[str, float])
     events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     unreadable: tuple[int, ...] = ()

@@ -105,6 +105,12 @@ def _rows() -> tuple[Metric, ...]:
         Metric("hermes_evaluation_duration_seconds", "histogram", "seconds", "Wall time of an evaluation", (), LONG_BUCKETS_S),
         # Data path
         Metric(
+            "hermes_data_stall_seconds_total",
+            "counter",
+            "seconds",
+            "Time steps waited for samples: each step's longest wait of any rank, alike on all ranks (average over them)",
+        ),
+        Metric(
             "hermes_data_wait_seconds_total",
             "counter",
             "seconds",

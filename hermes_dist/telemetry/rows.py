@@ -3,6 +3,7 @@
 A row may hold anything; the keys below also reach Prometheus and TensorBoard. All are optional apart from `step`.
 
     step, lr, grad_norm, skipped, step_s, data_wait_s           numbers (skipped: 0 or 1)
+    data_stall_s   the longest data_wait_s of all ranks, the same number on each
     loss, loss_bce, loss_dice, loss_modality                    losses of the global batch
     samples, patches, voxels, flops, mfu                        what *this rank* did in this step
     parts_s        {"forward": s, "backward": s, "optimizer": s, "communication": s, "checkpoint": s}
@@ -38,6 +39,7 @@ COUNTERS = {
     "patches": "hermes_patches_total",
     "voxels": "hermes_voxels_total",
     "flops": "hermes_flops_total",
+    "data_stall_s": "hermes_data_stall_seconds_total",
 }
 PAIRS = {"task_pairs": "hermes_pairs_total", "task_foreground": "hermes_foreground_pairs_total"}
 COUNTS = {"dataset_samples": "hermes_dataset_samples_total", **PAIRS}

@@ -100,6 +100,7 @@ class StepRecord:
             "skipped": int(self.stats.skipped),
             "step_s": self.step_s,
             "data_wait_s": self.batch.data_wait_s,
+            "data_stall_s": self.batch.data_stall_s,
             "samples_per_s": self.global_samples / max(self.step_s, 1e-9),
             "order_hash": self.order_hash,
             "samples": int(self.batch.positions.size),

@@ -79,7 +79,7 @@ def _header(files: RunFiles, name: str) -> str:
     mean = files.result.get("mean", {})
     steps, seconds = files.column("step_s")
     rate = files.column("samples_per_s")[1]
-    wait = sum(files.column("data_wait_s")[1])
+    wait = sum(row.get("data_stall_s", row.get("data_wait_s", 0.0)) for row in files.steps.values())
     cards = [
         ("mean Dice", score(mean.get("dice")), interval(mean.get("dice_ci"))),
         ("mean NSD", score(mean.get("nsd")), interval(mean.get("nsd_ci"))),
@@ -136,7 +136,9 @@ def _curves(files: RunFiles) -> str:
 
     rows = sorted(files.steps.items())
     per_dataset = [Series(name, *zip(*points, strict=True)) for name, points in _dice_losses(rows).items()]
-    waits = [(s, r["data_wait_s"] / r["step_s"]) for s, r in rows if r.get("step_s") and "data_wait_s" in r]
+    waits = [
+        (s, r.get("data_stall_s", r["data_wait_s"]) / r["step_s"]) for s, r in rows if r.get("step_s") and "data_wait_s" in r
+    ]
     evaluated = [(s, r["mean"]["dice"]) for s, r in sorted(files.history.items()) if r["mean"]["dice"] is not None]
     charts = [
         one("Loss", {"loss": "total", "loss_bce": "BCE", "loss_dice": "Dice loss"}),

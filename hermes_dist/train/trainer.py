@@ -33,6 +33,9 @@ from hermes_dist.train.record import LossSums, StepRecord
 from hermes_dist.train.schedule import learning_rate
 from hermes_dist.train.step import StepLoss, chain_hash
 
+UNREADABLE, WAITED = -1, -2
+"""In the place of a sample's position: what else ranks tell each other after a step."""
+
 
 @dataclass
 class TrainState:
@@ -212,11 +215,16 @@ def _one_step(
 
 
 def _share(batch: StepBatch, stream: Stream, runtime: Runtime) -> npt.NDArray[np.int64]:
-    """(position, identity) of the step's samples of all ranks; what they found unreadable travels along, as position -1."""
-    mine = [np.stack([batch.positions, batch.identities], axis=1), *([[[-1, case]] for case in batch.unreadable])]
-    parts = [part.reshape(-1, 2) for part in runtime.gather_int64(np.concatenate(mine).astype(np.int64).ravel())]
+    """(position, identity) of the step's samples of all ranks.
+
+    What they found unreadable travels along, as position -1, and how long each waited for its samples (µs), as position -2.
+    """
+    news = [[UNREADABLE, case] for case in batch.unreadable] + [[WAITED, int(batch.data_wait_s * 1e6)]]
+    mine = np.concatenate([np.stack([batch.positions, batch.identities], axis=1), news])
+    parts = [part.reshape(-1, 2) for part in runtime.gather_int64(mine.astype(np.int64).ravel())]
+    batch.data_stall_s = max(int(part[part[:, 0] == WAITED, 1].max()) for part in parts) / 1e6
     if runtime.world_size > 1:
-        found = [part[part[:, 0] < 0, 1].tolist() for part in parts]
+        found = [part[part[:, 0] == UNREADABLE, 1].tolist() for part in parts]
         batch.events = stream.quarantine.settle(batch.events, found, runtime.rank)
     samples = np.concatenate(parts)
     return samples[samples[:, 0] >= 0]
@@ -270,7 +278,7 @@ def _is_best(dice: float | None, state: TrainState, runtime: Runtime) -> bool:
 def _report(row: dict[str, Any], state: TrainState, config: Config, runtime: Runtime) -> None:
     """Lines on the terminal, and the limit on skipped steps. Raises NumericalError above `train.max_skipped`."""
     if state.step % config.monitor.log_every == 0 or state.step == config.train.max_steps:
-        waited = row["data_wait_s"] / max(row["step_s"], 1e-9)
+        waited = row["data_stall_s"] / max(row["step_s"], 1e-9)
         runtime.say(
             f"step {state.step:>6}  loss {row['loss']:.4f}  dice loss {row['loss_dice']:.4f}  lr {row['lr']:.2e}  "
             f"{row['step_s']:.2f} s  data {waited:.0%}"

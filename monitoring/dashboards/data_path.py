@@ -18,7 +18,9 @@ _WAIT = (
                 "rank {{rank}} {{run}}",
             ),
         ),
-        "Share of the step time. All ranks alike: the data path is too slow. One rank alone: its host's disk, network or CPU.",
+        "Each rank's own wait as a share of the step time; what steps lose is `Data wait` in Run overview, for a step waits for "
+        "the one rank that lacks its sample. All ranks alike: the data path is too slow, or single reads fail or take long. One "
+        "rank alone: its host's disk, network or CPU.",
         SHARE,
     ),
     PanelSpec(

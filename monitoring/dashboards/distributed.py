@@ -81,9 +81,15 @@ _RANKS = (
                 f"(run) ({_STEPS} or {_CHECKPOINTS_S})",
                 "{{run}}",
             ),
+            (
+                f"sum by (run) (rate(hermes_data_stall_seconds_total{{{RANK}}}[{WINDOW}])) / sum by "
+                f"(run) ({_STEPS} or {_CHECKPOINTS_S})",
+                "data {{run}}",
+            ),
         ),
         "Time that is not computing, of steps and checkpoints together. Grows with ranks: larger micro-batch, lower ZeRO stage, "
-        "faster links; launch/plan.py gives what to expect.",
+        "faster links; launch/plan.py gives what to expect. data: some rank lacks its samples, and the others book their wait "
+        "for it as communication or backward: see Data path first.",
         SHARE,
     ),
     PanelSpec(

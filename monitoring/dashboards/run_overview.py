@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from monitoring.dashboards.panels import BYTES, RANK, RUN, SECONDS, SHARE, WINDOW, Board, PanelSpec, quantiles
 
-STEP_S = f"rate(hermes_step_duration_seconds_sum{{{RANK}}}[{WINDOW}])"
 RATE_0 = f'rate(hermes_steps_total{{{RUN},rank="0"}}[{WINDOW}])'
 
 _PROGRESS = (
@@ -41,13 +40,13 @@ _PROGRESS = (
         "Data wait",
         (
             (
-                f'sum by (run) (rate(hermes_step_part_seconds_sum{{{RUN},part="data_wait"}}[{WINDOW}])) / sum by (run) '
-                f"({STEP_S})",
+                f"avg by (run) (rate(hermes_data_stall_seconds_total{{{RUN}}}[{WINDOW}])) / "
+                f"avg by (run) (rate(hermes_step_duration_seconds_sum{{{RUN}}}[{WINDOW}]))",
                 "{{run}}",
             ),
         ),
-        "Share of the step time in which ranks wait for samples. Above 5 %: open the Data path dashboard and see what they "
-        "wait for.",
+        "Share of the step time in which any rank waits for its samples, and all others for it. Above 5 %: open the Data path "
+        "dashboard and see which ranks wait, and what for.",
         SHARE,
         "stat",
         4,

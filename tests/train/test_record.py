@@ -39,7 +39,7 @@ def test_row_holds_global_means_and_keeps_datasets_that_share_a_task_apart():
     sums.modality += 3.0
     step = StepBatch(
         step=4, micro_batches=[b], pair_count=3, modality_count=1, identities=np.zeros(2, np.int64),
-        positions=np.array([8, 9]), data_wait_s=0.5,
+        positions=np.array([8, 9]), data_wait_s=0.5, data_stall_s=0.75,
     )  # fmt: skip
     config = resolve(Config())
     record = StepRecord(step, StepStats(0.25, False, {"forward": 1.0}), sums.unpack(sums.packed()), 1e-3, "ab", 2, 408, 2.0)
@@ -54,6 +54,7 @@ def test_row_holds_global_means_and_keeps_datasets_that_share_a_task_apart():
         "a pair without a voxel of the class, and a filler, do not count"
     )
     assert (row["samples_per_s"], row["samples"], row["patches"], row["position"]) == (1.0, 2, 3, 408)
+    assert (row["data_wait_s"], row["data_stall_s"]) == (0.5, 0.75)
     required = {"step", "position", "loss", "loss_bce", "loss_dice", "loss_modality", "lr", "grad_norm", "skipped", "step_s",
                 "data_wait_s", "samples_per_s", "order_hash"}  # fmt: skip
     assert required <= row.keys()

@@ -6,7 +6,8 @@ import json
 import threading
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hermes_dist.parallel.runtime import Runtime, start
 from hermes_dist.parallel.stored import best_name, read_state
 from hermes_dist.shards.case import CaseRecord
 from hermes_dist.shards.store import create_store
+from hermes_dist.stream.batch import StepBatch
 from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.train import evaluate as evaluation
 from hermes_dist.train import trainer
@@ -212,6 +214,32 @@ def test_another_global_batch_neither_skips_nor_repeats_samples(
     for steps, batch in ((2, 1), (4, 3), (5, 2)):
         train(changed(config, f"train.max_steps={steps}", f"train.global_batch={batch}"), runtime)
     assert seen == [[0], [1], [2, 3, 4], [5, 6, 7], [8, 9]]
+
+
+def test_the_step_s_stall_is_the_longest_wait_of_any_rank() -> None:
+    """What ranks wait is gathered with the samples' positions, and is neither a sample nor an unreadable case."""
+    settled: list[list[int]] = []
+    others = [[4, 44, trainer.WAITED, 2_500_000], [trainer.UNREADABLE, 8, trainer.UNREADABLE, 9, trainer.WAITED, 0]]
+
+    class World:
+        world_size, rank = 3, 0
+
+        def gather_int64(self, mine: np.ndarray) -> list[np.ndarray]:
+            assert mine.dtype == np.int64
+            return [mine, *(np.array(part) for part in others)]
+
+    class Settles:
+        def settle(self, events: list[Any], found: list[list[int]], rank: int) -> list[Any]:
+            settled.extend(found)
+            return events
+
+    stream: Any = SimpleNamespace(quarantine=Settles())
+    positions, identities = np.array([3]), np.array([33])
+    batch = StepBatch(0, [], 1, 0, identities, positions, data_wait_s=0.25, unreadable=(7,))
+    samples = trainer._share(batch, stream, cast("Runtime", World()))
+    assert samples.tolist() == [[3, 33], [4, 44]]
+    assert settled == [[7], [], [8, 9]]
+    assert (batch.data_wait_s, batch.data_stall_s) == (0.25, 2.5)
 
 
 def test_another_order_is_recorded(tmp_path: Path, runtime: Runtime) -> None:
