@@ -34,6 +34,14 @@ def print_plan(console: Console, plan: Plan, config: Config, device: Device, clu
             f"[yellow]train.global_batch={train.global_batch} is smaller than the number of ranks: "
             f"{plan.world_size - train.global_batch} of them compute filler.[/]"
         )
+    elif fuller := train.global_batch % plan.world_size:
+        share = train.global_batch // plan.world_size
+        console.print(
+            f"[yellow]train.global_batch={train.global_batch} does not divide by {plan.world_size} ranks: {fuller} of them have "
+            f"{share + 1} samples a step, the other {plan.world_size - fuller} have {share} and wait. Take "
+            f"{share * plan.world_size} or {(share + 1) * plan.world_size}.[/]",
+            soft_wrap=True,
+        )
     best = plan.best
     if best is None or plan.need is None:
         console.print(

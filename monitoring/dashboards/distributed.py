@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from monitoring.dashboards.panels import BYTES, RANK, RUN, SECONDS, SHARE, WINDOW, Board, PanelSpec, quantiles
 
-_BUSY = f"rate(hermes_busy_seconds_total{{{RUN}}}[{WINDOW}]) / rate(hermes_steps_total{{{RUN}}}[{WINDOW}])"
+_BUSY = f"rate(hermes_busy_seconds_total{{{RUN}}}[{WINDOW}]) / (rate(hermes_patches_total{{{RUN}}}[{WINDOW}]) > 0)"
 _STEPS = f"rate(hermes_step_duration_seconds_sum{{{RANK}}}[{WINDOW}])"
 
 _CHECKPOINTS_S = f'rate(hermes_step_part_seconds_sum{{{RANK},part="checkpoint"}}[{WINDOW}])'
@@ -38,23 +38,24 @@ _RANKS = (
         6,
     ),
     PanelSpec(
-        "Step spread",
+        "Spread over ranks",
         ((f"max by (run) ({_BUSY}) / min by (run) ({_BUSY})", "{{run}}"),),
-        "Own time per step of the slowest rank over the fastest, without waiting for each other. Above 1.3: the table below "
+        "Own time per patch of the slowest rank over the fastest, without waiting for each other. Above 1.3: the panel below "
         "names the straggler.",
         kind="stat",
         width=6,
     ),
     PanelSpec(
-        "Own time per step by rank",
+        "Own time per patch by rank",
         (
             (
-                f"rate(hermes_busy_seconds_total{{{RANK}}}[{WINDOW}]) / rate(hermes_steps_total{{{RANK}}}[{WINDOW}])",
+                f"rate(hermes_busy_seconds_total{{{RANK}}}[{WINDOW}]) / (rate(hermes_patches_total{{{RANK}}}[{WINDOW}]) > 0)",
                 "rank {{rank}} {{run}}",
             ),
         ),
         "The straggler is the line on top: look at its host (clocks, temperature, other jobs, disk). Data wait and forward pass; "
-        "under ZeRO-3 the latter gathers parameters, which is waiting for others too.",
+        "under ZeRO-3 the latter gathers parameters, which is waiting for others too. Per patch, as ranks have uneven shares "
+        "where global_batch does not divide by them; those with fewer patches may be a little above for it.",
         SECONDS,
         width=12,
     ),

@@ -78,8 +78,9 @@ _SPEED = (
             (f"sum by (run) (rate(hermes_samples_total{{{RUN}}}[{WINDOW}]))", "samples/s {{run}}"),
             (f"sum by (run) (rate(hermes_patches_total{{{RUN}}}[{WINDOW}]))", "patches/s {{run}}"),
         ),
-        "Patches include the filler that evens out ranks: a gap between both lines means that global_batch does not divide "
-        "well by ranks × micro-batch.",
+        "Patches include filler: a gap between both lines means that some ranks had no sample for one of a step's "
+        "micro-batches. Make global_batch a multiple of the ranks; without it ranks with fewer samples wait for the others, "
+        "which shows no gap where they fill as many micro-batches.",
     ),
     PanelSpec(
         "Voxels per second",

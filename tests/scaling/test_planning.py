@@ -128,3 +128,14 @@ def test_the_text_states_numbers_and_assumptions() -> None:
         "time lost",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"), [(20, "4 of them have 2 samples a step, the other 12 have 1 and wait. Take 16 or 32."), (32, "")]
+)
+def test_a_batch_that_does_not_divide_by_the_ranks_is_told(batch: int, said: str) -> None:
+    out = io.StringIO()
+    config = resolve(validate({"train": {"global_batch": batch}}))
+    print_plan(Console(file=out, width=140), plan_of(config), config, find_device("H100"), CLUSTER, Assumptions())
+    assert said in out.getvalue()
+    assert ("does not divide by 16 ranks" in out.getvalue()) == bool(said)
