@@ -106,7 +106,8 @@ def open_stream(
     else:
         source = InlineSource(reader, parts)
     stream = Stream(config, reader, source, tasks, rank=rank, world_size=world_size, start_step=start_step, shift=shift)
-    stream.quarantine.restore(quarantined)
+    n_cases = sum(len(store.manifest) for store in stores)  # a collection that has changed may hold fewer
+    stream.quarantine.restore(case for case in quarantined if case < n_cases)
     stream.start(notes, telemetry)
     return stream
 
@@ -159,6 +160,9 @@ class Stream:
         self._notes, self._telemetry = list(notes), telemetry
         if telemetry is not None and (caches := [s.cache for s in self._reader.stores if s.cache is not None]):
             telemetry.watch("hermes_cache_used_bytes", lambda: float(caches[0].counted_bytes()))  # they share one folder
+        if telemetry is not None and self._rank == 0:  # the set is the job's: one rank shows it
+            telemetry.set("hermes_quarantine_limit_cases", self._config.stream.faults.max_quarantined)
+            self.quarantine.watch(telemetry.quarantine)
         self._progress = time.monotonic()
         self._thread.start()
 

@@ -6,6 +6,7 @@ training loop gathers each step's findings, so that all ranks see the same set a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,12 @@ class Quarantine:
         self._name_of = name_of
         self._cases: set[int] = set()
         self._errors: dict[int, str] = {}
+        self._on_change: Callable[[dict[str, int]], None] | None = None
+
+    def watch(self, on_change: Callable[[dict[str, int]], None]) -> None:
+        """Call `on_change` with the number of cases of each dataset that has some: now, and whenever cases come in."""
+        self._on_change = on_change
+        self._tell()
 
     @property
     def cases(self) -> list[int]:
@@ -38,6 +45,7 @@ class Quarantine:
         for case in cases:
             self._cases.add(case)
             self._errors[case] = "found before this run was resumed, see stream.jsonl"
+        self._tell()
 
     def find(self, events: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
         """This rank's events of a step, with one `quarantine` before the first `substitution` of each case, and those cases."""
@@ -63,11 +71,14 @@ class Quarantine:
             The events, with the `quarantine` of each case on one rank only: the first that found it.
         """
         mine: set[int] = set()
+        before = len(self._cases)
         for finder, cases in enumerate(found):
             fresh = set(cases) - self._cases
             self._cases |= fresh
             if finder == rank:
                 mine = fresh
+        if len(self._cases) > before:
+            self._tell()
         return [e for e in events if e["kind"] != "quarantine" or e["case"] in mine]
 
     def check(self) -> None:
@@ -82,3 +93,7 @@ class Quarantine:
             f"{len(self._cases)} unreadable cases on all ranks, more than stream.faults.max_quarantined={self._limit}: {listed}. "
             "Run `hermes-shard verify` on the store, convert these cases again, or raise the limit"
         )
+
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change(dict(Counter(self._name_of(case).partition("/")[0] for case in self._cases)))

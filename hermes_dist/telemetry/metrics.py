@@ -129,7 +129,17 @@ def _rows() -> tuple[Metric, ...]:
         Metric("hermes_cache_misses_total", "counter", "", "Byte ranges that went to the store"),
         Metric("hermes_cache_used_bytes", "gauge", "bytes", "Size of the local cache"),
         Metric("hermes_storage_retries_total", "counter", "", "Repeated reads after a transient storage error", ("dataset",)),
-        Metric("hermes_quarantined_cases_total", "counter", "", "Corrupt cases taken out of training", ("dataset",)),
+        Metric(
+            "hermes_quarantined_cases_total", "counter", "", "Corrupt cases that this process took out of training", ("dataset",)
+        ),
+        Metric(
+            "hermes_quarantine_cases",
+            "gauge",
+            "",
+            "Corrupt cases that are out of training now, of all ranks and from before a resume (rank 0 reports)",
+            ("dataset",),
+        ),
+        Metric("hermes_quarantine_limit_cases", "gauge", "", "stream.faults.max_quarantined: with more the run stops"),
         Metric("hermes_substitutions_total", "counter", "", "Samples replaced by a deterministic substitute", ("dataset",)),
         Metric("hermes_stream_events_total", "counter", "", "Lines of stream.jsonl, by kind", ("kind",)),
         Metric("hermes_ready_samples", "gauge", "", "Samples ready in this rank's queue"),

@@ -90,6 +90,8 @@ class Telemetry:
             for dataset in datasets:
                 self.add(name, 0, dataset=dataset.name)
         for dataset in datasets:
+            if self._rank == 0:
+                self.set("hermes_quarantine_cases", 0, dataset=dataset.name)
             self.add("hermes_dataset_samples_total", 0, dataset=dataset.name)
             for name in dataset.class_names:
                 for metric in rows.PAIRS.values():
@@ -120,6 +122,11 @@ class Telemetry:
     def evaluation(self, split: str, report: Mapping[str, Any]) -> None:
         """The scores of `evaluation/<split>.json` (its `mean` and `per_class` entries) become gauges."""
         rows.record_evaluation(split, report, self._meters)
+
+    def quarantine(self, cases: Mapping[str, int]) -> None:
+        """How many cases of each dataset are out of training now; a dataset that is left out keeps its number."""
+        for dataset, count in cases.items():
+            self.set("hermes_quarantine_cases", count, dataset=dataset)
 
     def event(self, row: Mapping[str, Any]) -> None:
         """A line of stream.jsonl with time and rank, counted by `kind`: quarantine, substitution and retry also by `dataset`."""

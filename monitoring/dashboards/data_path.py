@@ -103,10 +103,13 @@ _SUPPLY = (
 _FAULTS = (
     PanelSpec(
         "Quarantined cases",
-        ((f"sum by (run, dataset) (hermes_quarantined_cases_total{{{DATASET}}})", "{{dataset}} {{run}}"),),
-        "Corrupt cases taken out, by dataset; stream.jsonl names them. Any: run `hermes-shard verify`, convert these cases "
-        "again.",
-        quiet=True,
+        (
+            (f'max by (run, dataset) (hermes_quarantine_cases{{{RUN},dataset=~"$dataset"}})', "{{dataset}} {{run}}"),
+            (f"max by (run) (hermes_quarantine_limit_cases{{{RUN}}})", "limit {{run}}"),
+        ),
+        "Corrupt cases that are out of training, by dataset, those from before a resume too; stream.jsonl names them. Any: run "
+        "`hermes-shard verify`, convert these cases again. With more in all than the limit (stream.faults.max_quarantined) the "
+        "run stops.",
     ),
     PanelSpec(
         "Retries",

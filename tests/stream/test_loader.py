@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from hermes_dist.config import MonitorConfig
 from hermes_dist.errors import ConfigError, QuarantineLimitError, StreamError, WaitTimeoutError
 from hermes_dist.shards.store import open_store
 from hermes_dist.stream import loader
@@ -20,6 +21,7 @@ from hermes_dist.stream.inline_source import InlineSource
 from hermes_dist.stream.loader import attribute_wait, open_stream
 from hermes_dist.stream.prepare import build_reader
 from hermes_dist.stream.reader import Reader
+from hermes_dist.telemetry.telemetry import Telemetry
 from tests.stream.tools import make_config, real_samples, steps
 
 
@@ -311,3 +313,32 @@ def test_a_feeder_that_is_given_up_ends(store_paths: dict[str, Path], monkeypatc
     stream.close()
     assert joins == [False, True]
     assert told == [False]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_in_quarantine_is_shown_from_the_start_of_a_resumed_run(
+    rank: int, store_paths: dict[str, Path], tmp_path: Path
+) -> None:
+    """Case 999 is of a collection that was larger."""
+    store = open_store(str(store_paths["zarr"]))
+    tasks, limit = store.collection.tasks, {"max_quarantined": 7}
+    name = store.manifest.dataset_names[int(store.manifest.dataset_index[0])]
+    telemetry = Telemetry(tmp_path, MonitorConfig(prometheus_port=-1), rank, 2, "r")
+    telemetry.declare(tasks.datasets)
+
+    def shown(metric: str, **labels: str) -> float | None:
+        return telemetry._meters.registry.get_sample_value(metric, {"run": "r", "rank": str(rank), **labels})
+
+    config = make_config(stream__faults=limit)
+    with open_stream(
+        config, [store], tasks, rank=rank, world_size=2, start_step=0, telemetry=telemetry, quarantined=[0, 999]
+    ) as stream:
+        first = {d.name: shown("hermes_quarantine_cases", dataset=d.name) for d in tasks.datasets}
+        stream.quarantine.settle([], [[0], [1]], rank)
+        after = shown("hermes_quarantine_cases", dataset=name)
+    telemetry.close()
+    if rank:  # the set is the job's: rank 0 shows it
+        assert (set(first.values()), after) == ({None}, None)
+        return
+    assert first == {d.name: float(d.name == name) for d in tasks.datasets}
+    assert (after, shown("hermes_quarantine_limit_cases")) == (2, 7)

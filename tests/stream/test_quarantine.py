@@ -59,3 +59,18 @@ def test_what_was_found_before_a_restart_counts_and_is_not_announced_again() -> 
     with pytest.raises(QuarantineLimitError, match="4 unreadable cases") as error:
         again.check()
     assert error.value.exit_code == 2, "a restart would find the same cases"
+
+
+def test_cases_are_told_by_dataset_from_before_a_restart_and_at_each_change() -> None:
+    told: list[dict[str, int]] = []
+    quarantine = Quarantine(9, lambda case: f"{'odd' if case % 2 else 'even'}/with/case{case}")
+    quarantine.restore([1, 3])
+    quarantine.watch(told.append)
+    assert told == [{"odd": 2}]
+    quarantine.settle([], [[], []], 0)
+    quarantine.settle([], [[1], [3]], 0)
+    assert len(told) == 1, "nothing new"
+    quarantine.settle([], [[5], [2, 5]], 0)
+    assert told[1:] == [{"odd": 3, "even": 1}]
+    quarantine.restore([4])
+    assert told[2:] == [{"odd": 3, "even": 2}]
