@@ -192,6 +192,7 @@ class CachedStorage:
         self._anew = anew
         self.hits = 0
         self.misses = 0
+        self.missed_bytes = 0
         self.read = inner.read
         self.size = inner.size
         self.write = inner.write
@@ -214,6 +215,8 @@ class CachedStorage:
         missing = [part for part, data in zip(ranges, kept, strict=True) if data is None]
         self.hits += len(ranges) - len(missing)
         self.misses += len(missing)
+        missed_bytes = sum(length for _, length in missing)
+        self.missed_bytes += missed_bytes
         fetched = self._inner.read_ranges(path, missing) if missing else iter(())
         for key, data in zip(keys, kept, strict=True):
             if data is not None:

@@ -36,10 +36,14 @@ TABLES_KEPT = 2048
 
 @dataclass
 class ReadCounters:
-    """What reading has cost since the store was opened; for attributing waits."""
+    """What reading has cost since the store was opened; for attributing waits.
+
+    `bytes_read` counts what the local cache answered, too; `bytes_fetched` only what came from the store itself.
+    """
 
     reads: int = 0
     bytes_read: int = 0
+    bytes_fetched: int = 0
     storage_s: float = 0.0
     decode_s: float = 0.0
     cache_hits: int = 0
@@ -236,6 +240,9 @@ class ShardStore:
             self.counters.decode_s += decode_s
             if isinstance(self._storage, CachedStorage):
                 self.counters.cache_hits, self.counters.cache_misses = self._storage.hits, self._storage.misses
+                self.counters.bytes_fetched = self._storage.missed_bytes
+            else:
+                self.counters.bytes_fetched += n_bytes
 
     def _scratch(self, table: BlockTable) -> Scratch:
         """A buffer of one block per thread and type: fresh memory would cost page faults for every crop."""

@@ -38,7 +38,12 @@ JUDGED_STEPS = 50
 AUTO_SHARE = 0.05
 """`augment.where = auto`: a larger share of waiting moves the augmentation to the training device."""
 CAUSES = ("storage", "decode", "augment", "transfer", "queue")
-IO_COUNTERS = dict(zip(IO, ("hermes_read_bytes_total", "hermes_cache_hits_total", "hermes_cache_misses_total"), strict=True))
+IO_COUNTERS = {
+    "bytes_read": "hermes_read_bytes_total",
+    "bytes_fetched": "hermes_fetched_bytes_total",
+    "cache_hits": "hermes_cache_hits_total",
+    "cache_misses": "hermes_cache_misses_total",
+}
 
 
 class Source(Protocol):

@@ -29,7 +29,7 @@ from hermes_dist.volume import augment
 
 _JITTER = 7
 _NOTHING = np.zeros(0, np.int32)
-IO = ("bytes_read", "cache_hits", "cache_misses")
+IO = ("bytes_read", "bytes_fetched", "cache_hits", "cache_misses")
 """Counters of a store that are followed to the sample."""
 OPEN_RETRIES, OPEN_PAUSE_S = 7, 0.5
 """Of a worker that opens the stores: a minute in all, because many may do so at once."""
@@ -45,7 +45,7 @@ class Store(Protocol):
 
     @property
     def counters(self) -> Any:
-        """`decode_s`: seconds spent on decoding so far; `bytes_read`, `cache_hits`, `cache_misses`."""
+        """`decode_s`: seconds spent on decoding so far; `bytes_read`, `bytes_fetched`, `cache_hits`, `cache_misses`."""
         ...
 
     @property

@@ -125,6 +125,12 @@ def _rows() -> tuple[Metric, ...]:
             ("stage",),
         ),
         Metric("hermes_read_bytes_total", "counter", "bytes", "Compressed bytes read for samples, from the store or its cache"),
+        Metric(
+            "hermes_fetched_bytes_total",
+            "counter",
+            "bytes",
+            "Compressed bytes that came from the store itself, not from its cache",
+        ),
         Metric("hermes_cache_hits_total", "counter", "", "Byte ranges that the local cache answered"),
         Metric("hermes_cache_misses_total", "counter", "", "Byte ranges that went to the store"),
         Metric("hermes_cache_used_bytes", "gauge", "bytes", "Size of the local cache"),

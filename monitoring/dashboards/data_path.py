@@ -79,9 +79,10 @@ _SUPPLY = (
         quiet=True,
     ),
     PanelSpec(
-        "Bytes read",
-        ((f"sum by (run) (rate(hermes_read_bytes_total{{{RANK}}}[{WINDOW}]))", "{{run}}"),),
-        "From storage, all ranks. Near the storage's or network's limit: larger cache, or shards with stronger compression.",
+        "Bytes from storage",
+        ((f"sum by (run) (rate(hermes_fetched_bytes_total{{{RANK}}}[{WINDOW}]))", "{{run}}"),),
+        "All ranks, without what the local cache answered. Near the storage's or network's limit: larger cache, or shards with "
+        "stronger compression.",
         BYTES_PER_S,
     ),
     PanelSpec(
@@ -95,7 +96,8 @@ _SUPPLY = (
     PanelSpec(
         "Bytes read per sample",
         ((f"sum by (run) (rate(hermes_read_bytes_total{{{RANK}}}[{WINDOW}])) / {_SAMPLES}", "{{run}}"),),
-        "Much more than patch voxels × bytes per voxel: chunks are too large for the patch; convert with smaller chunks.",
+        "From storage or the cache. Much more than patch voxels × bytes per voxel: chunks are too large for the patch; convert "
+        "with smaller chunks.",
         BYTES,
     ),
 )

@@ -139,6 +139,7 @@ def test_waits_are_attributed_in_full_and_caches_and_faults_are_counted(server: 
     assert value("sum(hermes_cache_misses_total)") > 0
     assert value("sum(hermes_cache_hits_total)") > value("sum(hermes_cache_misses_total)") / 10
     assert value("max(hermes_cache_used_bytes)") > 0
+    assert 0 < value("sum(hermes_fetched_bytes_total)") < value("sum(hermes_read_bytes_total)")
     assert value("sum(hermes_quarantined_cases_total)") > 0
     assert value("sum(hermes_quarantine_cases)") > 0
     assert value("sum(hermes_storage_retries_total)") > 0

@@ -62,6 +62,9 @@ def test_write_read_grow(bucket: str, form: str, layout: Layout, tmp_path: objec
                 np.testing.assert_array_equal(ours, theirs)
     assert remote.counters.cache_hits > 0
     assert remote.counters.cache_misses > 0
+    once = remote.counters.bytes_read / 2  # the second time all came from the cache; shards' indices come on top
+    assert once <= remote.counters.bytes_fetched < 1.01 * once
+    assert local.counters.bytes_read == local.counters.bytes_fetched == remote.counters.bytes_read
     remote.close()
 
 
