@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from hermes_dist.telemetry.metrics import METRICS, RUN_LABELS, Metric, table_markdown
 
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "watch-a-run.md"
 UNITS = ("seconds", "bytes", "ratio", "meters")
 
 
@@ -31,3 +33,4 @@ def test_labels_have_bounded_values(metric: Metric) -> None:
 def test_the_guide_lists_every_metric() -> None:
     table = table_markdown()
     assert all(f"`{name}`" in table for name in METRICS)
+    assert table in GUIDE.read_text(), "put metrics.table_markdown() into the guide"
