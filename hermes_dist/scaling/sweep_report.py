@@ -14,7 +14,7 @@ from hermes_dist.scaling import figures
 from hermes_dist.scaling.curves import gains_of, size_curves
 from hermes_dist.scaling.laws import LawFit, NotEnoughPoints
 from hermes_dist.scaling.sweep import Member, SweepConfig
-from hermes_dist.scaling.sweep_results import PARAMETERS, finished, law_groups, law_of, throughput_of
+from hermes_dist.scaling.sweep_results import PARAMETERS, finished, law_of, like_groups, throughput_of
 from hermes_dist.scaling.throughput import ThroughputFit, TooFewRuns, efficiency
 
 TRUSTED_ERROR = 0.15
@@ -70,7 +70,7 @@ def report(sweep: SweepConfig, members: Sequence[Member], rows: Sequence[dict[st
 
 def _scaling(done: list[dict[str, Any]]) -> list[str]:
     """A law for each group of runs that one law may describe, then the curves of Dice."""
-    groups = law_groups(done)
+    groups = like_groups(done)
     parts = ["<h2>Loss = E + A / N<sup>α</sup> + B / D<sup>β</sup></h2>"]
     if len(groups) > 1:
         parts.append(f"<p>{len(groups)} kinds of runs differ in more than size, data and seed: a law each.</p>")
@@ -129,16 +129,29 @@ def _share(value: float | None) -> str | None:
 
 
 def _throughput(done: list[dict[str, Any]]) -> list[str]:
-    runs, fit = throughput_of(done)
+    """Figure, table and fit for each group of runs that differ in ranks, batch, stage and size only."""
+    groups = like_groups(done)
+    parts = ["<h2>Throughput</h2>"]
+    if len(groups) > 1:
+        parts.append(f"<p>{len(groups)} kinds of runs differ in more than ranks, batch, stage and size: a fit each.</p>")
+    for name, rows in groups.items():
+        parts += [f"<h3>{html.escape(name)}</h3>"] if len(groups) > 1 else []
+        parts += _throughput_group(rows)
+    return parts
+
+
+def _throughput_group(group: list[dict[str, Any]]) -> list[str]:
+    runs, fit = throughput_of(group)
     if not runs:
-        return ['<h2>Throughput</h2><p class="no">No fit: no run has both step times and known parameters.</p>']
-    parts = ["<h2>Throughput</h2>", figures.throughput_figure(runs, fit if isinstance(fit, ThroughputFit) else None)]
+        return ['<p class="no">No fit: no run has both step times and known parameters.</p>']
+    parts = [figures.throughput_figure(runs, fit if isinstance(fit, ThroughputFit) else None)]
     rows = [
         [
             f"ZeRO-{r.stage}",
             r.ranks,
             r.devices or r.ranks,
             r.global_batch,
+            r.micro_batch,
             r.step_s,
             r.wait_s,
             r.samples_per_s,
@@ -146,11 +159,11 @@ def _throughput(done: list[dict[str, Any]]) -> list[str]:
         ]
         for r, *both in efficiency(runs)
     ]
-    header = ("stage", "ranks", "devices", "global batch", "step s", "data wait s", "samples/s", "weak", "strong")
+    header = ("stage", "ranks", "devices", "global batch", "micro-batch", "step s", "data wait s", "samples/s", "weak", "strong")
     parts.append(table(header, rows))
     parts.append(
-        "<p>Efficiency per device against one rank with as many samples per rank (weak) or the same global batch (strong); – "
-        "where the sweep has no such run.</p>"
+        "<p>Efficiency per device against one rank with as many samples per rank (weak) or the same global batch (strong), "
+        "both of its micro-batch; – where the sweep has no such run.</p>"
     )
     if isinstance(fit, TooFewRuns):
         return [*parts, f'<p class="no">No fit: {html.escape(fit.reason)}.</p>']
@@ -169,7 +182,7 @@ def _throughput(done: list[dict[str, Any]]) -> list[str]:
         alone = [fit.samples_per_s(1, stage, round(share), *model) for stage in stages]
         cells = [f"{rate:.4g} ({rate / world / one:.0%})" for rate, one in zip(rates, alone, strict=True)]
         lines.append([world, *cells])
-    parts.append("<h3>Extrapolated: samples per second, and efficiency against one rank (weak scaling)</h3>")
+    parts.append("<h4>Extrapolated: samples per second, and efficiency against one rank (weak scaling)</h4>")
     parts.append(table(("ranks", *(f"ZeRO-{stage}" for stage in stages)), lines))
     return [
         *parts,

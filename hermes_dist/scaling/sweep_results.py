@@ -36,6 +36,8 @@ OWN_COLUMNS = (
     "train.max_steps",
 )
 """Keys of a sweep that are sizes, budgets or repetitions, or have columns of their own. All others make different settings."""
+THROUGHPUT_COLUMNS = ("deepspeed.zero_optimization.stage", "train.global_batch")
+"""Further ones of a throughput study: terms of its fit know them."""
 TIED_TO_SIZE = ("optimizer.lr", "train.micro_batch")
 """Keys that points may give each size as its recipe; in the grid they are settings."""
 
@@ -80,6 +82,7 @@ def result_row(member: Member, state: State, sweep: SweepConfig) -> dict[str, An
         "zero_stage": int(config.deepspeed.get("zero_optimization", {}).get("stage", 0)),
         "samples": config.train.global_batch * config.train.max_steps,
         "micro_steps": math.ceil(config.train.global_batch / (member.ranks * config.train.micro_batch)),
+        "micro_batch": config.train.micro_batch,
         "setting": _setting(config, sweep), "mixture": _text(config.data.mixture.weights),
         **_sizes(member, config),
     }  # fmt: skip
@@ -99,9 +102,11 @@ def result_row(member: Member, state: State, sweep: SweepConfig) -> dict[str, An
 
 
 def _setting(config: Config, sweep: SweepConfig) -> str:
-    """`key=value` of what the sweep varies besides method, size, budget and seed; runs of different settings do not mix."""
+    """`key=value` of what the sweep varies besides method, size, budget and seed (and in a throughput study the batch and ZeRO
+    stage); runs of different settings do not mix."""
     tied = {key for point in sweep.points for key in point if key in TIED_TO_SIZE} - sweep.grid.keys()
-    varied = {*sweep.grid, *(key for point in sweep.points for key in point)} - {*OWN_COLUMNS, *tied}
+    own = {*OWN_COLUMNS, *(THROUGHPUT_COLUMNS if sweep.study == "throughput" else ()), *tied}
+    varied = {*sweep.grid, *(key for point in sweep.points for key in point)} - own
     parts: list[str] = []
     for key in sorted(varied):
         value: Any = config.model_dump(mode="json")
@@ -160,9 +165,10 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def law_groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Finished runs that one law may describe: of one method, one mixture, and one value of every other key that the sweep
-    varies. Sizes, budgets, seeds and what a point ties to them differ inside a group."""
+def like_groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Finished runs that one law, or one fit of step times, may describe: of one method, one mixture, and one value of every
+    other key that the sweep varies. Sizes, budgets, seeds and what a point ties to them differ inside a group, and in a
+    throughput study ranks, batches and ZeRO stages."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in finished(rows):
         mixture = f"weights={row['mixture']}" if row.get("mixture") else ""
@@ -181,22 +187,23 @@ def law_values(rows: Sequence[dict[str, Any]], study: str, *, bootstrap: int = 2
 
     `law` is the study; with the group's name behind it where there are several.
     """
-    if study == "throughput":
-        fit = throughput_of(rows)[1]
-        return {(study, name, "value"): value for name, value in fit.terms.items()} if isinstance(fit, ThroughputFit) else {}
     found: dict[tuple[str, str, str], float] = {}
-    groups = law_groups(rows)
+    groups = like_groups(rows)
     for group, members in groups.items():
+        name = study if len(groups) == 1 else f"{study}: {group}"
+        if study == "throughput":
+            fit = throughput_of(members)[1]
+            found |= {(name, key, "value"): v for key, v in fit.terms.items()} if isinstance(fit, ThroughputFit) else {}
+            continue
         law = law_of(members, bootstrap=bootstrap)
         if isinstance(law, LawFit):
-            name = study if len(groups) == 1 else f"{study}: {group}"
             bounds = {"value": law.law, "low": law.low, "high": law.high}
             found |= {(name, key, bound): getattr(fitted, key) for bound, fitted in bounds.items() for key in PARAMETERS}
     return found
 
 
 def throughput_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Measured], ThroughputFit | TooFewRuns]:
-    """Measured runs, step and data wait apart, and the fit over them. Runs whose parameters are not known are left out."""
+    """Measured runs of one group, step and data wait apart, and the fit over them. Runs of unknown parameters are left out."""
     runs = [
         Measured(
             r["ranks"],
@@ -207,6 +214,7 @@ def throughput_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Measured], Throu
             r["data_wait_s"],
             r.get("devices"),
             r.get("micro_steps") or 1,
+            r.get("micro_batch"),
         )
         for r in finished(rows)
         if r["step_s"] and r["parameters"]

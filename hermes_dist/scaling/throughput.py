@@ -38,6 +38,8 @@ class Measured:
     devices: int | None = None
     micro_steps: int = 1
     """Forward passes of a rank in a step: stages 2 and 3 send with each."""
+    micro_batch: int | None = None
+    """`train.micro_batch`: runs are compared with others of the same one."""
 
     @property
     def samples_per_s(self) -> float:
@@ -119,14 +121,16 @@ def _solve(runs: Sequence[Measured]) -> tuple[list[float], float]:
 
 
 def efficiency(runs: Sequence[Measured]) -> list[tuple[Measured, float | None, float | None]]:
-    """Each run's throughput per device over that of one rank of the same stage and model: (run, weak, strong).
+    """Each run's throughput per device over that of one rank of the same stage, model and micro-batch: (run, weak, strong).
 
     Weak scaling compares with one rank that has as many samples per rank, strong scaling with one that has the same global
-    batch; None where there is no such run. Several such runs (seeds) count by their mean.
+    batch; None where there is no such run. Several such runs (seeds) count by their mean. For the same global batch one rank
+    needs more passes, so their number may differ.
     """
 
     def against(run: Measured, batch: float) -> float | None:
-        alone = [r for r in runs if (r.ranks, r.stage, r.parameters, r.global_batch) == (1, run.stage, run.parameters, batch)]
+        wanted = (1, run.stage, run.parameters, run.micro_batch, batch)
+        alone = [r for r in runs if (r.ranks, r.stage, r.parameters, r.micro_batch, r.global_batch) == wanted]
         return _per_device(run) / float(np.mean([_per_device(r) for r in alone])) if alone else None
 
     return [(run, against(run, run.global_batch / run.ranks), against(run, run.global_batch)) for run in runs]

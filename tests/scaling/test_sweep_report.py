@@ -13,7 +13,7 @@ import pytest
 from hermes_dist.scaling.laws import Law, LawFit, NotEnoughPoints
 from hermes_dist.scaling.sweep import members
 from hermes_dist.scaling.sweep_report import report
-from hermes_dist.scaling.sweep_results import State, law_groups, law_of, law_values, result_row, throughput_of
+from hermes_dist.scaling.sweep_results import State, law_of, law_values, like_groups, result_row, throughput_of
 from tests.scaling.test_sweep import CONFIGS, sweep_of
 
 
@@ -89,6 +89,36 @@ def test_the_report_of_a_throughput_study(disturbed: bool, tmp_path: Path) -> No
     assert ("do not extrapolate" in page) == disturbed
 
 
+def test_runs_of_another_setting_are_no_peers_and_have_a_fit_of_their_own(tmp_path: Path) -> None:
+    """One rank in float32 takes twice the time of one in bfloat16: each is 100 % of itself, not 67 % and 133 %."""
+    sweep = sweep_of(
+        tmp_path,
+        study="throughput",
+        grid={"train.precision": ["fp32", "bf16"], "deepspeed.zero_optimization.stage": [0, 1]},
+        points=[{"ranks": w, "train.global_batch": b * w} for w in (1, 2, 4) for b in (1, 2)],
+    )
+    row = synthetic_rows(Law(0.2, 1, 1, 0.5, 0.5))[0]
+    rows = []
+    for member in members(sweep, CONFIGS):
+        own = {key: value for key, value in result_row(member, State("done"), sweep).items() if value is not None}
+        time_s = (0.1 + 0.05 * own["global_batch"] / own["ranks"] + 0.02 * math.log2(own["ranks"])) * (
+            1 + ("fp32" in member.name)
+        )
+        rows.append({**row, **own, "step_s": time_s, "parameters": 10**6})
+    assert {name: len(group) for name, group in like_groups(rows).items()} == {
+        "hermes, train.precision=fp32": 12,
+        "hermes, train.precision=bf16": 12,
+    }
+    page = report(sweep, members(sweep, CONFIGS), rows, "x")
+    assert "a fit each" in page
+    assert page.count("<h4>Extrapolated") == 2
+    assert "133%" not in page
+    assert "do not extrapolate" not in page
+    assert {key[0] for key in law_values(rows, "throughput")} == {
+        f"throughput: hermes, train.precision={value}" for value in ("fp32", "bf16")
+    }
+
+
 def test_a_throughput_study_knows_passes_and_leaves_out_models_without_formula(tmp_path: Path) -> None:
     row = synthetic_rows(Law(0.2, 1, 1, 0.5, 0.5))[0]
     runs, _ = throughput_of([{**row, "micro_steps": 4}, {**row, "parameters": None}])
@@ -104,7 +134,7 @@ def test_a_law_is_over_runs_that_differ_in_size_and_data_only(tmp_path: Path) ->
     """Two learning rates in the grid are two laws; a rate that points tie to a size is part of its recipe."""
     law = Law(0.2, 400.0, 4.0, 0.5, 0.5)
     rows = [{**row, "setting": f"optimizer.lr={lr}"} for lr in (0.1, 0.2) for row in synthetic_rows(law)]
-    assert {name: len(group) for name, group in law_groups(rows).items()} == {
+    assert {name: len(group) for name, group in like_groups(rows).items()} == {
         f"hermes, optimizer.lr={lr}": 12 for lr in (0.1, 0.2)
     }
     assert {key[0] for key in law_values(rows, "scaling", bootstrap=2)} == {

@@ -132,6 +132,13 @@ def test_weak_and_strong_efficiency_have_peers_of_their_own() -> None:
     assert efficiency([one, Measured(2, 1, 2, 2 * 10**6, 0.4)])[1][1:] == (None, None), "another model"
 
 
+def test_a_peer_has_the_same_micro_batch_and_as_many_passes_as_it_needs() -> None:
+    one = Measured(1, 1, 4, 10**6, 2.0, micro_steps=4, micro_batch=1)
+    whole = Measured(1, 1, 4, 10**6, 1.0, micro_steps=1, micro_batch=4)
+    wide = Measured(4, 1, 4, 10**6, 0.5, micro_steps=1, micro_batch=1)
+    assert efficiency([one, whole, wide]) == [(one, 1, 1), (whole, 1, 1), (wide, None, 1)]
+
+
 def test_accumulation_sends_more_in_stages_two_and_three() -> None:
     truth = ThroughputFit(dict(zip(TERMS, (0.02, 0.1, 0.01, 1e-3, 0.05, 0.03), strict=True)), 0, 0)
     runs = [
