@@ -173,20 +173,25 @@ def _throughput_group(group: list[dict[str, Any]]) -> list[str]:
         parts.append(f'<p class="no">One of these is above {TRUSTED_ERROR:.0%}: do not extrapolate.</p>')
     parts.append(table(("term", "seconds"), list(fit.terms.items())))
     largest = max(runs, key=lambda r: r.ranks)
-    share = largest.global_batch / largest.ranks
+    share = largest.samples_per_rank
     stages = sorted({r.stage for r in runs})
     lines: list[list[object]] = []
     for world in (2**k for k in range(9)):
         model = largest.parameters, largest.micro_steps
-        rates = [fit.samples_per_s(world, stage, round(share * world), *model) for stage in stages]
-        alone = [fit.samples_per_s(1, stage, round(share), *model) for stage in stages]
+        rates = [fit.samples_per_s(world, stage, share * world, *model) for stage in stages]
+        alone = [fit.samples_per_s(1, stage, share, *model) for stage in stages]
         cells = [f"{rate:.4g} ({rate / world / one:.0%})" for rate, one in zip(rates, alone, strict=True)]
         lines.append([world, *cells])
     parts.append("<h4>Extrapolated: samples per second, and efficiency against one rank (weak scaling)</h4>")
+    if largest.global_batch < largest.ranks:
+        parts.append(
+            f'<p class="no">{largest.ranks} ranks shared a global batch of {largest.global_batch}: '
+            f"{largest.ranks - largest.global_batch} of them computed filler. Extrapolated with one sample per rank.</p>"
+        )
     parts.append(table(("ranks", *(f"ZeRO-{stage}" for stage in stages)), lines))
     return [
         *parts,
-        f"<p>Assumes a device for every rank, {share:g} samples per rank, the links and hosts of this sweep at any distance, a "
+        f"<p>Assumes a device for every rank, {share} samples per rank, the links and hosts of this sweep at any distance, a "
         "wait for data per sample as measured here (launch/plan.py --simulate-storage simulates a shared storage), and a latency "
         "that grows with log2 of the ranks.</p>",
     ]

@@ -7,7 +7,8 @@ c is compute and per-sample work, t0 the fixed part of a step (optimizer, Python
 bandwidth (b absorbs what overlaps with computing), w the wait for data. Stage 3 shares out and gathers weights layer by layer:
 t3 is what that costs a step of one rank, a3 the latency of the gathers, which every micro-step repeats. σ = ranks / devices where
 several ranks share a core or card, else 1. All terms are non-negative; the fit minimises relative errors. The wait for data is
-measured apart (`wait_s`), so w is its mean per sample and the other terms are fitted to what is left of the step.
+measured apart (`wait_s`), so w is its mean per sample and the other terms are fitted to what is left of the step. Samples per
+rank are whole: those of the ranks that have most, for which the others wait.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Measured:
         return self.global_batch / (self.step_s + self.wait_s)
 
     @property
+    def samples_per_rank(self) -> int:
+        """What the ranks that have most compute in a step; the others, and those without a sample, compute filler or wait."""
+        return math.ceil(self.global_batch / self.ranks)
+
+    @property
     def sharing(self) -> float:
         """Ranks per device, at least 1."""
         return max(1.0, self.ranks / (self.devices or self.ranks))
@@ -66,7 +72,7 @@ class ThroughputFit:
         """Predicted step time, with its wait for data; `devices` None = one for each rank."""
         row = _row(Measured(ranks, stage, global_batch, parameters, 1.0, devices=devices, micro_steps=micro_steps))
         computed = float(np.dot(row, [self.terms[name] for name in TERMS]))
-        return computed + self.terms.get(WAIT, 0.0) * global_batch / ranks
+        return computed + self.terms.get(WAIT, 0.0) * math.ceil(global_batch / ranks)
 
     def samples_per_s(self, ranks: int, stage: int, global_batch: int, parameters: int, micro_steps: int = 1) -> float:
         """Predicted throughput of all ranks."""
@@ -83,7 +89,7 @@ class TooFewRuns:
 def _row(run: Measured) -> list[float]:
     sent = step_bytes(run.parameters, run.stage, run.ranks, micro_steps=run.micro_steps) / 1e6
     doublings, gathering = math.log2(run.ranks), run.sharing if run.stage == 3 else 0.0
-    shared = [run.sharing, run.sharing * run.global_batch / run.ranks, doublings, sent]
+    shared = [run.sharing, run.sharing * run.samples_per_rank, doublings, sent]
     return [*shared, gathering, gathering * run.micro_steps * doublings]
 
 
@@ -109,7 +115,7 @@ def fit_throughput(runs: Sequence[Measured]) -> ThroughputFit | TooFewRuns:
             if r.ranks == worlds[-1]
         ]
         held_out = float(np.sqrt(np.mean(np.square(errors))))
-    wait = float(np.mean([r.wait_s * r.ranks / r.global_batch for r in runs]))
+    wait = float(np.mean([r.wait_s / r.samples_per_rank for r in runs]))
     return ThroughputFit({**dict(zip(TERMS, terms, strict=True)), WAIT: wait}, error, held_out)
 
 
@@ -128,12 +134,12 @@ def efficiency(runs: Sequence[Measured]) -> list[tuple[Measured, float | None, f
     needs more passes, so their number may differ.
     """
 
-    def against(run: Measured, batch: float) -> float | None:
+    def against(run: Measured, batch: int) -> float | None:
         wanted = (1, run.stage, run.parameters, run.micro_batch, batch)
         alone = [r for r in runs if (r.ranks, r.stage, r.parameters, r.micro_batch, r.global_batch) == wanted]
         return _per_device(run) / float(np.mean([_per_device(r) for r in alone])) if alone else None
 
-    return [(run, against(run, run.global_batch / run.ranks), against(run, run.global_batch)) for run in runs]
+    return [(run, against(run, run.samples_per_rank), against(run, run.global_batch)) for run in runs]
 
 
 def _per_device(run: Measured) -> float:

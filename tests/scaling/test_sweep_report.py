@@ -119,6 +119,22 @@ def test_runs_of_another_setting_are_no_peers_and_have_a_fit_of_their_own(tmp_pa
     }
 
 
+@pytest.mark.parametrize(("batch", "samples", "fillers"), [(2, 1, "6 of them"), (4, 1, "4 of them"), (12, 2, None)])
+def test_a_batch_that_the_ranks_do_not_share_evenly(batch: int, samples: int, fillers: str | None, tmp_path: Path) -> None:
+    """Half a sample per rank is one sample on half of the ranks, and 1.5 are two on those that the others wait for."""
+    sweep = sweep_of(tmp_path, study="throughput")
+    row = synthetic_rows(Law(0.2, 1, 1, 0.5, 0.5))[0]
+    rows = [
+        {**row, "ranks": w, "zero_stage": z, "global_batch": batch, "step_s": 0.1 + 0.05 * math.ceil(batch / w)}
+        for w in (1, 2, 4, 8)
+        for z in (0, 1)
+    ]
+    page = html.unescape(report(sweep, members(sweep, CONFIGS), rows, "x"))
+    assert f"{samples} samples per rank, the links" in page
+    assert (fillers or "computed filler") in page if fillers else "computed filler" not in page
+    assert "do not extrapolate" not in page, "the fit knows whole samples"
+
+
 def test_a_throughput_study_knows_passes_and_leaves_out_models_without_formula(tmp_path: Path) -> None:
     row = synthetic_rows(Law(0.2, 1, 1, 0.5, 0.5))[0]
     runs, _ = throughput_of([{**row, "micro_steps": 4}, {**row, "parameters": None}])

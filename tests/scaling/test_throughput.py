@@ -132,6 +132,13 @@ def test_weak_and_strong_efficiency_have_peers_of_their_own() -> None:
     assert efficiency([one, Measured(2, 1, 2, 2 * 10**6, 0.4)])[1][1:] == (None, None), "another model"
 
 
+def test_samples_of_a_rank_are_whole() -> None:
+    one, half, most = Measured(1, 1, 1, 10**6, 0.5), Measured(8, 1, 4, 10**6, 0.5), Measured(8, 1, 12, 10**6, 1.0)
+    assert (half.samples_per_rank, most.samples_per_rank) == (1, 2)
+    two = Measured(1, 1, 2, 10**6, 1.0)
+    assert [weak for _, weak, _ in efficiency([one, two, half, most])] == pytest.approx([1, 1, 0.5, 0.75])
+
+
 def test_a_peer_has_the_same_micro_batch_and_as_many_passes_as_it_needs() -> None:
     one = Measured(1, 1, 4, 10**6, 2.0, micro_steps=4, micro_batch=1)
     whole = Measured(1, 1, 4, 10**6, 1.0, micro_steps=1, micro_batch=4)
