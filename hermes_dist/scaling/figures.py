@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from matplotlib.figure import Figure
 from hermes_dist.scaling.curves import CurvePoint
 from hermes_dist.scaling.laws import LawFit
 from hermes_dist.scaling.throughput import Measured, ThroughputFit
+
+Group = tuple[int, int, int, int]
+"""Parameters, ZeRO stage, samples per rank, passes per step."""
 
 
 def _svg(figure: Figure) -> str:
@@ -78,18 +82,44 @@ def curves_figure(curves: dict[str, list[CurvePoint]]) -> str:
 
 
 def throughput_figure(runs: Sequence[Measured], fit: ThroughputFit | None) -> str:
-    """Samples per second against ranks, by ZeRO stage and batch per rank; lines are the fit."""
+    """Samples per second against ranks, by model size, ZeRO stage and samples per rank.
+
+    Solid lines are the fit on the runs' own devices, dashed ones the fit with a device for every rank, where these differ.
+    """
     figure, axes = _axes("Throughput by ranks", "ranks", "samples per second")
-    groups = sorted({(run.stage, run.global_batch / run.ranks, run.micro_steps) for run in runs})
-    for i, (stage, share, micro_steps) in enumerate(groups):
-        group = (stage, share, micro_steps)
-        points = sorted((r.ranks, r.samples_per_s) for r in runs if (r.stage, r.global_batch / r.ranks, r.micro_steps) == group)
-        label = f"ZeRO-{stage}, {share:g} per rank" + (f" in {micro_steps} passes" if micro_steps > 1 else "")
+    sizes = {run.parameters for run in runs}
+    for i, (group, members) in enumerate(sorted(throughput_groups(runs).items())):
+        parameters, stage, share, micro_steps = group
+        label = f"ZeRO-{stage}, {share} per rank" + (f" in {micro_steps} passes" if micro_steps > 1 else "")
+        label += f", {parameters / 1e6:.3g} M" if len(sizes) > 1 else ""
+        points = sorted((run.ranks, run.samples_per_s) for run in members)
         axes.plot(*zip(*points, strict=True), "o", color=f"C{i % 10}", label=label)
-        if fit:
-            worlds = np.arange(1, 2 * max(r.ranks for r in runs) + 1)
-            parameters = runs[0].parameters
-            rates = [fit.samples_per_s(int(w), stage, round(share * w), parameters, micro_steps) for w in worlds]
-            axes.plot(worlds, rates, "-", color=f"C{i % 10}", alpha=0.6)
+        for style, worlds, rates in fitted_lines(group, members, fit, 2 * max(r.ranks for r in runs)) if fit else ():
+            axes.plot(worlds, rates, style, color=f"C{i % 10}", alpha=0.6)
+    if fit:
+        axes.plot([], [], "-", color="grey", label="fit, on the devices of the runs")
+        axes.plot([], [], "--", color="grey", label="fit, a device for every rank")
     axes.legend(fontsize=8)
     return _svg(figure)
+
+
+def throughput_groups(runs: Sequence[Measured]) -> dict[Group, list[Measured]]:
+    """(parameters, stage, samples per rank, passes) → its runs."""
+    groups: dict[Group, list[Measured]] = defaultdict(list)
+    for run in runs:
+        groups[run.parameters, run.stage, run.samples_per_rank, run.micro_steps].append(run)
+    return dict(groups)
+
+
+def fitted_lines(
+    group: Group, runs: Sequence[Measured], fit: ThroughputFit, most_ranks: int
+) -> Iterator[tuple[str, list[int], list[float]]]:
+    """(line style, ranks, samples per second): `-` on the runs' own devices, `--` with one for every rank where that differs."""
+    parameters, stage, share, micro_steps = group
+    worlds = list(range(1, most_ranks + 1))
+    known = [run.devices for run in runs if run.devices]
+    # Runs of one group on hosts of different sizes: the largest host's, as there are no more ranks a device on it.
+    for style, devices in (("-", max(known, default=None)), ("--", None)):
+        rates = [fit.samples_per_s(w, stage, share * w, parameters, micro_steps, devices=devices) for w in worlds]
+        if style == "-" or (known and max(known) < most_ranks):
+            yield style, worlds, rates

@@ -74,9 +74,11 @@ class ThroughputFit:
         computed = float(np.dot(row, [self.terms[name] for name in TERMS]))
         return computed + self.terms.get(WAIT, 0.0) * math.ceil(global_batch / ranks)
 
-    def samples_per_s(self, ranks: int, stage: int, global_batch: int, parameters: int, micro_steps: int = 1) -> float:
-        """Predicted throughput of all ranks."""
-        return global_batch / self.step_s(ranks, stage, global_batch, parameters, micro_steps=micro_steps)
+    def samples_per_s(
+        self, ranks: int, stage: int, global_batch: int, parameters: int, micro_steps: int = 1, *, devices: int | None = None
+    ) -> float:
+        """Predicted throughput of all ranks; `devices` None = one for each rank."""
+        return global_batch / self.step_s(ranks, stage, global_batch, parameters, devices, micro_steps)
 
 
 @dataclass(frozen=True)
