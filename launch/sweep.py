@@ -16,7 +16,7 @@ from sweep_backends import BACKENDS, LiveTable, write_report, write_results
 
 from hermes_dist.config import find_config
 from hermes_dist.errors import ConfigError, exit_on_error
-from hermes_dist.scaling.sweep import SweepConfig, members, read_sweep
+from hermes_dist.scaling.sweep import SweepConfig, members, read_sweep, split_override
 from hermes_dist.scaling.sweep_report import report
 from hermes_dist.scaling.sweep_results import read_state, result_row
 
@@ -31,16 +31,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--member", type=int, help="run this one only (a Slurm array passes its task id)")
     parser.add_argument("--list", action="store_true", help="list the members and stop")
     parser.add_argument("--report-only", action="store_true", help="results and report of what is there")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set in every member")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="set in every member; no key of grid or points")
     return parser.parse_intermixed_args()
 
 
 def with_overrides(sweep: SweepConfig, pairs: list[str]) -> SweepConfig:
     changed = dict(sweep.overrides)
     for pair in pairs:
-        key, sign, text = pair.partition("=")
-        if not sign:
-            raise ConfigError(f"override {pair!r}: expected section.key=value")
+        key, text = split_override(sweep, pair)
         try:
             changed[key] = json.loads(text)
         except json.JSONDecodeError:

@@ -139,6 +139,31 @@ def read_sweep(path: Path) -> SweepConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
+PLACES = {
+    "run.name": "the members are named by their values, and the sweep by `name`",
+    "run.output_dir": "set `output_dir`",
+    "run.resume": "members always resume; delete a member's directory to start it anew",
+}
+"""Keys that a sweep sets itself, and what to do in its file instead."""
+
+
+def split_override(sweep: SweepConfig, pair: str) -> tuple[str, str]:
+    """Key and value of a `section.key=value` of the command line.
+
+    Raises:
+        ConfigError: it is no such pair, or would have no effect, as each member has a value of its own.
+    """
+    key, sign, text = pair.partition("=")
+    if not sign:
+        raise ConfigError(f"override {pair!r}: expected section.key=value")
+    chosen = {name: f"change `grid[{name!r}]`" for name in sweep.grid}
+    chosen |= {name: f"change {name!r} in `points`" for point in sweep.points for name in point}
+    for name, instead in {**chosen, **PLACES}.items():
+        if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
+            raise ConfigError(f"override {key!r}: sweep {sweep.name!r} sets {name!r} for each member. In its file: {instead}")
+    return key, text
+
+
 def members(sweep: SweepConfig, config_dir: Path) -> list[Member]:
     """All members in order of the grid. Raises ConfigError if one of them has an invalid configuration or two are the same."""
     base = find_config(sweep.base, config_dir)

@@ -38,3 +38,9 @@ def test_an_unknown_key_is_named(tmp_path: Path) -> None:
     done = sweep("--config", str(path), "--list")
     assert done.returncode == 2
     assert "gird" in done.stderr
+
+
+def test_an_override_of_a_key_of_the_grid_is_refused() -> None:
+    done = sweep("--config", "scaling.json", "--list", "train.max_steps=7")
+    assert done.returncode == 2
+    assert "train.max_steps" in done.stderr

@@ -17,7 +17,7 @@ from hermes_dist.config import load_config
 from hermes_dist.errors import ConfigError, UsageError
 from hermes_dist.scaling import sweep_runner
 from hermes_dist.scaling.member_resources import member_environment, threads_per_rank, visible_gpus
-from hermes_dist.scaling.sweep import Member, StopConfig, SweepConfig, members, read_sweep
+from hermes_dist.scaling.sweep import Member, StopConfig, SweepConfig, members, read_sweep, split_override
 from hermes_dist.scaling.sweep_results import State, read_state, result_row, write_state
 from hermes_dist.scaling.sweep_runner import Runner, divergence
 from hermes_dist.train.environment import describe_environment
@@ -106,6 +106,28 @@ def test_members_are_the_grid_times_the_points(tmp_path: Path) -> None:
 def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         members(sweep_of(tmp_path, **changes), CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("run.seed", r"grid\['run.seed'\]"),
+        ("train.global_batch", "in `points`"),
+        ("train", "'train.global_batch'"),
+        ("run.name", "`name`"),
+        ("run.output_dir", "`output_dir`"),
+        ("run.resume", "always resume"),
+        ("ranks", "in `points`"),
+    ],
+)
+def test_an_override_without_effect_is_refused(tmp_path: Path, key: str, instead: str) -> None:
+    sweep = sweep_of(tmp_path, points=[{"ranks": 1, "train.global_batch": 2}, {"ranks": 2}])
+    with pytest.raises(ConfigError, match=f"override '{key}'.*{instead}"):
+        split_override(sweep, f"{key}=1")
+    with pytest.raises(ConfigError, match="expected section"):
+        split_override(sweep, "run.device")
+    for free in ("run.device", "train.global", "train.max_steps"):
+        assert split_override(sweep, f"{free}=a=b") == (free, "a=b")
 
 
 @pytest.mark.parametrize("name", ["scaling.json", "throughput.json", "dice_by_size.json"])
