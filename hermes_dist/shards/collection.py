@@ -27,6 +27,8 @@ from hermes_dist.tasks import TaskTable
 from hermes_dist.volume.preprocess import Preprocessing
 
 FORMAT_VERSION = 1
+DIGESTS_FILE = "stores.json"
+"""In a run directory: which contents of its stores a run has read."""
 COLLECTION_FILE = "collection.json"
 MANIFEST_FILE = "manifest.parquet"
 STAGED_FILE = ".staging/collection.json"
@@ -183,6 +185,17 @@ def read_collection(url: str) -> Collection:
         StoreError: no store there, or another version. TransientStorageError: storage that may work again.
     """
     return load(open_storage(url))
+
+
+def joined_digest(collections: Iterable[Collection]) -> str:
+    """Content hash over the stores of a run, in order."""
+    return "+".join(collection.digest for collection in collections)
+
+
+def recorded_digests(run_dir: Path) -> list[str]:
+    """`joined_digest` of the stores at each start of a run, each once, oldest first; empty for runs that recorded none."""
+    path = run_dir / DIGESTS_FILE
+    return json.loads(path.read_text())["digests"] if path.is_file() else []
 
 
 def content_digest(tasks: TaskTable, preprocessing: Preprocessing, cases: Iterable[tuple[str, str, str, str]]) -> str:

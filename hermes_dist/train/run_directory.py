@@ -10,6 +10,7 @@ from typing import Any
 
 from hermes_dist.config import Config
 from hermes_dist.errors import ConfigError, StoreError
+from hermes_dist.shards.collection import DIGESTS_FILE, joined_digest, recorded_digests
 from hermes_dist.shards.store import ShardStore, open_store
 from hermes_dist.tasks import TaskTable
 from hermes_dist.train.environment import describe_environment
@@ -38,11 +39,11 @@ def open_stores(config: Config) -> tuple[list[ShardStore], TaskTable, Preprocess
 
 def collection_digest(stores: Sequence[ShardStore]) -> str:
     """Content hash over all stores, in order: a resumed run must read the same data."""
-    return "+".join(store.collection.digest for store in stores)
+    return joined_digest([store.collection for store in stores])
 
 
-def prepare(config: Config, tasks: TaskTable, preprocessing: Preprocessing, world_size: int) -> Path:
-    """Create the run directory and write what describes the run. Called on one rank only.
+def prepare(config: Config, tasks: TaskTable, preprocessing: Preprocessing, world_size: int, digest: str) -> Path:
+    """Create the run directory and write what describes the run; `digest` of its stores. Called on one rank only.
 
     Raises:
         ConfigError: `run.resume=never` although the directory holds a run already.
@@ -57,6 +58,8 @@ def prepare(config: Config, tasks: TaskTable, preprocessing: Preprocessing, worl
     write_json(run_dir / "environment.json", describe_environment(world_size))
     write_json(run_dir / "tasks.json", tasks.to_json())
     write_json(run_dir / "preprocessing.json", preprocessing.model_dump(mode="json"))
+    digests = recorded_digests(run_dir)
+    write_json(run_dir / DIGESTS_FILE, {"digests": digests if digest in digests else [*digests, digest]})
     return run_dir
 
 

@@ -18,9 +18,12 @@ from hermes_dist.errors import ConfigError, UsageError
 from hermes_dist.scaling import sweep_runner
 from hermes_dist.scaling.member_resources import member_environment, threads_per_rank, visible_gpus
 from hermes_dist.scaling.sweep import Member, StopConfig, SweepConfig, members, read_sweep, split_override
+from hermes_dist.scaling.sweep_identity import check_unchanged
 from hermes_dist.scaling.sweep_results import State, read_state, result_row, write_state
 from hermes_dist.scaling.sweep_runner import Runner, divergence
 from hermes_dist.train.environment import describe_environment
+from hermes_dist.train.run_directory import prepare
+from tests.train.tiny_run import make_store
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FAKE_TRAIN = '''
@@ -192,6 +195,31 @@ def test_a_changed_configuration_does_not_take_the_old_results(tmp_path: Path, t
         run(changed, train)
     row = result_row(members(changed, CONFIGS)[0], State("done"), changed)
     assert row["samples"] == 200, "a row is about the run that there is"
+
+
+def test_results_of_other_data_behind_the_same_path_are_refused(
+    tmp_path: Path, train: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store")
+    given = {"train.max_steps": 50, "train.global_batch": 4, "data.stores": [str(tmp_path / "store")]}
+    sweep = sweep_of(tmp_path, grid={"run.seed": [0]}, overrides=given)
+    member = run(sweep, train)[0][0]
+    stored(member)
+    check_unchanged([member])
+    assert "note: " in capsys.readouterr().err, "a run without a record passes"
+    now, collection = store.collection.digest, store.collection
+    prepare(member.config(), collection.tasks, collection.preprocessing, 1, now)
+    check_unchanged([member])
+    assert not capsys.readouterr().err
+    prepare(member.config(), collection.tasks, collection.preprocessing, 1, "newer")
+    with pytest.raises(ConfigError, match=f"content {now}, then newer, which is now {now}.*delete"):
+        run(sweep, train)
+    (member.run_dir / "stores.json").write_text('{"digests": ["older"]}')
+    with pytest.raises(ConfigError, match=f"content older, which is now {now}"):
+        run(sweep, train)
+    (tmp_path / "store").rename(tmp_path / "moved")
+    check_unchanged([member])
+    assert "is not known" in capsys.readouterr().err
 
 
 def test_a_held_out_loss_over_other_patches_is_measured_again(tmp_path: Path, train: Path) -> None:
