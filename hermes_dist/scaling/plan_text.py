@@ -28,7 +28,13 @@ def print_plan(console: Console, plan: Plan, config: Config, device: Device, clu
         f"(patch {patch}, forward and backward); {plan.world_size} × {device.name} on {nodes} node(s), {train.precision}",
         highlight=False,
     )
-    console.print(_options_table(plan))
+    all_learn = train.trainable == "all"
+    console.print(_options_table(plan, utilised=all_learn))
+    if not all_learn:
+        console.print(
+            "[yellow]train.trainable=new_tasks: FLOPs, step time, memory, communication and cost are upper bounds, those of a "
+            "run in which all weights learn; MFU is left out.[/]"
+        )
     if train.global_batch < plan.world_size:
         console.print(
             f"[yellow]train.global_batch={train.global_batch} is smaller than the number of ranks: "
@@ -70,17 +76,19 @@ def print_plan(console: Console, plan: Plan, config: Config, device: Device, clu
     console.print_json(json.dumps(recommended_sections(plan)))
 
 
-def _options_table(plan: Plan) -> Table:
+def _options_table(plan: Plan, *, utilised: bool) -> Table:
     table = Table(title="What fits, by ZeRO stage and activation checkpointing", title_justify="left")
     columns = ("ZeRO", "checkpointing", "micro-batch", "states GiB", "activations GiB", "step s", "MFU", "recomputed", "sent MB")
     for name in columns:
         table.add_column(name, justify="left" if name == "checkpointing" else "right")
     for option in plan.options:
-        table.add_row(*_cells(option), style="bold green" if option == plan.best else None if option.fits else "dim")
+        table.add_row(
+            *_cells(option, utilised=utilised), style="bold green" if option == plan.best else None if option.fits else "dim"
+        )
     return table
 
 
-def _cells(option: Option) -> tuple[str, ...]:
+def _cells(option: Option, *, utilised: bool) -> tuple[str, ...]:
     states = f"{option.state_bytes / GIB:.2f}"
     if not option.fits:
         return (str(option.stage), option.mode, "–", states, "does not fit", "", "", "", "")
@@ -91,7 +99,7 @@ def _cells(option: Option) -> tuple[str, ...]:
         states,
         f"{option.activation_bytes / GIB:.2f}",
         f"{option.step_s:.3g}",
-        f"{option.mfu:.1%}",
+        f"{option.mfu:.1%}" if utilised else "–",
         f"{option.recomputed_share:.0%}",
         f"{option.communication_bytes / 1e6:,.0f}",
     )

@@ -17,14 +17,17 @@ class Utilisation:
     """Adds `flops` and `mfu` to the rows of one rank.
 
     The FLOPs of a sample depend on how many classes its dataset has. The peak is that of the device's name in the table, or
-    measured on a CPU; a card that the table does not know gives `flops` without `mfu`, and so does a model without formula
-    neither of both.
+    measured on a CPU; a card that the table does not know gives `flops` without `mfu`. A model without
+    formula gives neither, and so does incremental learning (`train.trainable=new_tasks`): frozen weights have no gradient, which
+    the formulas count.
     """
 
     def __init__(self, config: Config, tasks: TaskTable, device_name: str | None) -> None:
         """`device_name` as the driver says it; None = CPU, whose peak is measured now (0.3 s)."""
         self.peak = measured_peak() if device_name is None else peak_of(device_name, config.train.precision)
         self.flops: dict[str, int] = {}
+        if config.train.trainable == "new_tasks":
+            return
         for dataset in tasks.datasets:
             request = Request(config.data.patch_vox_zyx, len(dataset.classes), tasks.n_tasks, len(tasks.modalities))
             try:

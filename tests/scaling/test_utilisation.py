@@ -39,3 +39,8 @@ def test_a_backbone_without_formula_gives_nothing() -> None:
         )
         == {}
     )
+
+
+def test_frozen_weights_have_no_gradient_so_incremental_learning_exports_nothing() -> None:
+    frozen = config().model_copy(update={"train": config().train.model_copy(update={"trainable": "new_tasks"})})
+    assert Utilisation(frozen, TASKS, "H100")({"step_s": 1.0, "dataset_samples": {"a": 1}}) == {}
