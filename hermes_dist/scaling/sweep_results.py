@@ -93,8 +93,10 @@ def result_row(member: Member, state: State, sweep: SweepConfig) -> dict[str, An
         tail = steps[-max(1, round(sweep.loss_fraction * len(steps))) :]
         late = steps[len(steps) // 2 :]
         row["loss"] = row["train_loss"] = _mean([s.get("loss") for s in tail])
-        for key in ("step_s", "data_wait_s", "samples_per_s"):
+        for key in ("step_s", "samples_per_s"):
             row[key] = float(np.median([s[key] for s in late]))
+        # A step waits for the rank that waits longest. Rows of runs before that was measured have rank 0's own wait.
+        row["data_wait_s"] = float(np.median([s.get("data_stall_s", s["data_wait_s"]) for s in late]))
     if sweep.held_out:
         path = member.held_out(sweep.held_out)
         row["loss"] = None if path in lacking(member, sweep) else _read(path).get("loss")

@@ -139,6 +139,8 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_told(batch: int, said: str
     print_plan(Console(file=out, width=140), plan_of(config), config, find_device("H100"), CLUSTER, Assumptions())
     assert said in out.getvalue()
     assert ("does not divide by 16 ranks" in out.getvalue()) == bool(said)
+
+
 def test_a_plan_of_incremental_learning_says_that_it_is_an_upper_bound() -> None:
     frozen = LARGE.model_copy(update={"train": LARGE.train.model_copy(update={"trainable": "new_tasks"})})
     pages: list[str] = []

@@ -42,7 +42,7 @@ if pairs["run.seed"] == "15" and not (run / "pid").exists():
 with (run / "metrics.jsonl").open("w") as file:
     for step in range(int(pairs["train.max_steps"])):
         loss = 1.0 + step if pairs["run.seed"] == "14" else 1 / (1 + step)
-        row = {"step": step, "loss": loss, "step_s": 0.1, "data_wait_s": 0.01, "samples_per_s": 20.0}
+        row = {"step": step, "loss": loss, "step_s": 0.1, "data_wait_s": 0.01, "data_stall_s": 0.02, "samples_per_s": 20.0}
         print(json.dumps(row), file=file)
 '''
 
@@ -194,6 +194,7 @@ def test_a_changed_configuration_does_not_take_the_old_results(tmp_path: Path, t
     with pytest.raises(ConfigError, match=r"seed0 was run with train\.max_steps = 50 and the sweep now says 60.*delete"):
         run(changed, train)
     row = result_row(members(changed, CONFIGS)[0], State("done"), changed)
+    assert row["data_wait_s"] == 0.02, "the longest of the ranks"
     assert row["samples"] == 200, "a row is about the run that there is"
 
 
