@@ -56,7 +56,10 @@ def test_a_signal_reaches_the_ranks_and_nothing_is_started_again(number: signal.
         (tmp_path / name).write_text(text)
     command = [sys.executable, *([tmp_path / "launcher.py"] if launched else []), tmp_path / "rank.py", tmp_path]
     env = {name: value for name, value in os.environ.items() if name != "RANK"}
-    process = subprocess.Popen([SCRIPT, *command], env=env, stderr=subprocess.DEVNULL)
+    # A shell cannot trap what it was started to ignore, as SIGINT in the background of another.
+    process = subprocess.Popen(
+        [SCRIPT, *command], env=env, stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "started0").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
