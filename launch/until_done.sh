@@ -32,18 +32,24 @@ stop_ranks() {
 }
 trap stop_ranks TERM USR1 INT
 
-code=75
-for attempt in $(seq 0 "${MAX_RESTARTS:-10}"); do
-    if [ "$attempt" -gt 0 ] && [ -z "$stopping" ]; then
-        echo "restart $attempt after code $code" >&2
-        sleep "${RESTART_PAUSE_S:-5}" & wait $!
-    fi
-    [ -z "$stopping" ] || exit "$code"
+# Runs a command in a process group of its own, which a signal ends at any time.
+run() {
     "$@" &
     child=$!
     [ -z "$stopping" ] || stop_ranks # the signal came in between
     while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done # a signal interrupts the wait
     child=""
+}
+
+code=75
+for attempt in $(seq 0 "${MAX_RESTARTS:-10}"); do
+    if [ "$attempt" -gt 0 ] && [ -z "$stopping" ]; then
+        echo "restart $attempt after code $code" >&2
+        run sleep "${RESTART_PAUSE_S:-5}"
+        [ -z "$stopping" ] || code=75 # asked to stop while nothing ran
+    fi
+    [ -z "$stopping" ] || exit "$code"
+    run "$@"
     case "$code" in 0 | 2 | 75) exit "$code" ;; esac
 done
 exit "$code"

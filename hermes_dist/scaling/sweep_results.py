@@ -23,6 +23,7 @@ from hermes_dist.scaling.sweep_identity import config_of, lacking
 from hermes_dist.scaling.throughput import Measured, ThroughputFit, TooFewRuns, fit_throughput
 from hermes_dist.tasks import TaskTable
 from hermes_dist.telemetry.jsonl import read_rows
+from hermes_dist.telemetry.rows import data_stall_s
 
 STATE_FILE = "sweep_state.json"
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
@@ -95,8 +96,7 @@ def result_row(member: Member, state: State, sweep: SweepConfig) -> dict[str, An
         row["loss"] = row["train_loss"] = _mean([s.get("loss") for s in tail])
         for key in ("step_s", "samples_per_s"):
             row[key] = float(np.median([s[key] for s in late]))
-        # A step waits for the rank that waits longest. Rows of runs before that was measured have rank 0's own wait.
-        row["data_wait_s"] = float(np.median([s.get("data_stall_s", s["data_wait_s"]) for s in late]))
+        row["data_wait_s"] = float(np.median([data_stall_s(s) for s in late]))
     if sweep.held_out:
         path = member.held_out(sweep.held_out)
         row["loss"] = None if path in lacking(member, sweep) else _read(path).get("loss")

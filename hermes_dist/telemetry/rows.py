@@ -51,6 +51,11 @@ SCORES = {
 }
 
 
+def data_stall_s(row: Mapping[str, Any]) -> float:
+    """Seconds that the step waited for samples; in rows from before that was measured, rank 0's own wait."""
+    return float(row.get("data_stall_s", row.get("data_wait_s", 0.0)))
+
+
 def record(row: Mapping[str, Any], meters: Meters) -> None:
     """Put one step's row into the meters, apart from what `DatasetTally` keeps for the next scrape."""
     for key, name in GAUGES.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hermes_dist.errors import ConfigError
+from hermes_dist.telemetry.rows import data_stall_s
 from hermes_dist.train.evaluate_slices import Slice, read_slice
 from hermes_dist.train.report_curves import Series, binned, line_chart
 from hermes_dist.train.report_pictures import colour, data_uri, overlay_png, overview_png
@@ -79,7 +80,7 @@ def _header(files: RunFiles, name: str) -> str:
     mean = files.result.get("mean", {})
     steps, seconds = files.column("step_s")
     rate = files.column("samples_per_s")[1]
-    wait = sum(row.get("data_stall_s", row.get("data_wait_s", 0.0)) for row in files.steps.values())
+    wait = sum(data_stall_s(row) for row in files.steps.values())
     cards = [
         ("mean Dice", score(mean.get("dice")), interval(mean.get("dice_ci"))),
         ("mean NSD", score(mean.get("nsd")), interval(mean.get("nsd_ci"))),
@@ -136,9 +137,7 @@ def _curves(files: RunFiles) -> str:
 
     rows = sorted(files.steps.items())
     per_dataset = [Series(name, *zip(*points, strict=True)) for name, points in _dice_losses(rows).items()]
-    waits = [
-        (s, r.get("data_stall_s", r["data_wait_s"]) / r["step_s"]) for s, r in rows if r.get("step_s") and "data_wait_s" in r
-    ]
+    waits = [(s, data_stall_s(r) / r["step_s"]) for s, r in rows if r.get("step_s") and "data_wait_s" in r]
     evaluated = [(s, r["mean"]["dice"]) for s, r in sorted(files.history.items()) if r["mean"]["dice"] is not None]
     charts = [
         one("Loss", {"loss": "total", "loss_bce": "BCE", "loss_dice": "Dice loss"}),

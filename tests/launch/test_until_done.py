@@ -69,3 +69,13 @@ def test_a_signal_reaches_the_ranks_and_nothing_is_started_again(number: signal.
     assert (tmp_path / "checkpoint").exists()
     assert not (tmp_path / "started1").exists()
     assert not psutil.wait_procs(below, timeout=30)[1]
+
+
+def test_a_signal_between_two_tries_asks_to_be_started_again_later() -> None:
+    """The code is that of a stop, not that of the failure before."""
+    env = {**os.environ, "RESTART_PAUSE_S": "60"}
+    with subprocess.Popen([SCRIPT, "bash", "-c", "exit 7"], env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "restart 1 after code 7" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 75
