@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
-from scipy.ndimage import distance_transform_edt
-from scipy.spatial import KDTree
 
 Spacing = tuple[float, float, float]
 
@@ -55,6 +53,8 @@ def surface_distances(
 def _by_tree(
     start: Int64[np.ndarray, "n 3"], end: Int64[np.ndarray, "m 3"], spacing_mm_zyx: Spacing
 ) -> Float64[np.ndarray, " n"]:
+    from scipy.spatial import KDTree  # here: a second to load, which every rank would spend before its first step
+
     spacing = np.asarray(spacing_mm_zyx, dtype=np.float64)
     distance_mm, _ = KDTree(end * spacing, balanced_tree=False, compact_nodes=False).query(start * spacing)
     return np.asarray(distance_mm, dtype=np.float64)
@@ -63,6 +63,8 @@ def _by_tree(
 def _by_transform(
     start: Int64[np.ndarray, "n 3"], end: Bool[np.ndarray, "Z Y X"], spacing_mm_zyx: Spacing
 ) -> Float64[np.ndarray, " n"]:
+    from scipy.ndimage import distance_transform_edt
+
     distance_mm = np.asarray(distance_transform_edt(~end, sampling=spacing_mm_zyx), dtype=np.float64)
     return distance_mm[tuple(start.T)]
 

@@ -14,10 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-# What a rank would import in its first seconds, before forking: an attempt then takes tenths of a second.
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-import torch._dynamo  # noqa: F401
-
+import tests.multiproc.preload  # noqa: F401 (before forking: an attempt then takes tenths of a second)
 from tests.multiproc.ranks import free_port
 from tests.multiproc.train_worker import train
 
