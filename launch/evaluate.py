@@ -24,7 +24,7 @@ from hermes_dist.train.evaluate import Job, evaluate, others_before
 from hermes_dist.train.held_out import held_out_loss, write_held_out
 from hermes_dist.train.predict import load_run, to_device, use_cores
 from hermes_dist.train.report_scores import show
-from hermes_dist.train.run_directory import open_stores
+from hermes_dist.train.run_directory import file_digest, open_stores
 from hermes_dist.train.transfer import check_preprocessing
 
 
@@ -57,7 +57,9 @@ def main() -> int:
             return 0
         references = RawReferences(args.raw) if args.raw else None
         about = (args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references)
-        job = Job(*about, checkpoint=run.checkpoint, chosen=run.chosen)
+        job = Job(
+            *about, checkpoint=run.checkpoint, chosen=run.chosen, references_digest=file_digest(args.raw) if args.raw else ""
+        )
         earlier = others_before(job)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
             line = bar.add_task("scans", total=None)

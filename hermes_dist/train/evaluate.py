@@ -59,6 +59,7 @@ class Job:
     """What is evaluated, apart from the model. `weights_digest` names the weights; `references` gives raw label maps.
 
     `checkpoint` and `chosen` say where the weights came from (see `TrainedRun`): they are stated with the results.
+    `references_digest` names the collection of the raw labels: another one has other labels, or lacks other cases.
     """
 
     run_dir: Path
@@ -71,6 +72,7 @@ class Job:
     pictures: bool = True
     checkpoint: str = ""
     chosen: str = ""
+    references_digest: str = ""
 
     @property
     def out_dir(self) -> Path:
@@ -96,6 +98,7 @@ class Job:
             predict.window(self.config),
             [store.collection.digest for store in self.stores],
             self.references is not None,
+            self.references_digest,
         ]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
@@ -163,7 +166,7 @@ def evaluate(
     cases = find_cases(job)
     queue = WorkQueue(job.work_dir, len(cases))
     if rank == 0:
-        queue.prepare()
+        queue.prepare(keep=lambda row: "failed" not in row)
         (job.work_dir / SLICES).mkdir(exist_ok=True)
     if runtime:
         runtime.barrier()
@@ -234,6 +237,7 @@ def evaluate_during_training(
         "seconds": round(seconds, 3),
         "mean": result["mean"],
         "per_dataset": result["per_dataset"],
+        "failed": result["failed"],
     }
     with open(job.out_dir / "history.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
@@ -242,6 +246,8 @@ def evaluate_during_training(
     _export(telemetry, result, seconds)
     mean = result["mean"]["dice"]
     runtime.say(f"step {step}: mean Dice on {job.split} {'–' if mean is None else format(mean, '.3f')} in {seconds:.0f} s")
+    for failure in result["failed"]:
+        runtime.say(f"step {step}: not scored: {failure['dataset']}/{failure['case_id']}: {failure['reason']}")
     return mean
 
 

@@ -27,6 +27,10 @@ def _never() -> bool:
     return False
 
 
+def _always(_: Row) -> bool:
+    return True
+
+
 class WorkQueue:
     """`count` pieces of work, numbered from 0; results are JSON objects.
 
@@ -38,11 +42,18 @@ class WorkQueue:
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
 
-    def prepare(self) -> int:
-        """Make the folder ready, before any worker calls `work`. Returns how many results an earlier start left."""
+    def prepare(self, keep: Callable[[Row], bool] = _always) -> int:
+        """Make the folder ready, before any worker calls `work`. Returns how many results an earlier start left.
+
+        Of those that `keep` refuses the work is done again.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in (*self.folder.glob("*.claim"), *self.folder.glob(".*"), self.folder / _STOP):
             stale.unlink(missing_ok=True)
+        for index in range(self.count):
+            result = self._result(index)
+            if result.is_file() and not keep(json.loads(result.read_text())):
+                result.unlink()
         return self.finished
 
     def work(self, compute: Callable[[int], Row], *, worker: int = 0, stop: Callable[[], bool] = _never) -> None:

@@ -64,7 +64,7 @@ def save_slice(
         reference=np.packbits([r[z] for _, _, r in masks], axis=0),
         spacing_mm_yx=np.array(spacing_mm_zyx[1:]),
     )
-    path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', case)}.npz"
+    path = folder / (re.sub(r"[^\w.-]+", "_", case) + ".npz")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)

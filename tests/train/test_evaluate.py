@@ -107,7 +107,7 @@ def test_raw_references_are_scored_on_the_original_grid(job):
     assert result["mean"]["dice"] == 1.0
 
 
-@pytest.mark.parametrize("change", ["grid", "policy", "weights"])
+@pytest.mark.parametrize("change", ["grid", "references", "policy", "weights"])
 def test_an_interrupted_evaluation_goes_on_only_as_the_same_one(job, change):
     """Results that are left from another grid, policy or model are not taken over; those of the same evaluation are."""
     perfect = {"scores": [s.to_json() for s in ev.score_scan(Oracle(TASKS).eval(), job, ev.find_cases(job)[0])]}
@@ -116,6 +116,7 @@ def test_an_interrupted_evaluation_goes_on_only_as_the_same_one(job, change):
     (queue.folder / "000000.json").write_text(json.dumps(perfect))
     changed = {
         "grid": replace(job, references=lambda row: None),
+        "references": replace(job, references_digest="of another collection"),
         "policy": replace(job, config=job.config.model_copy(update={"evaluate": EvaluateConfig(overlap=0.25)})),
         "weights": replace(job, weights_digest="4567"),
     }[change]
@@ -151,6 +152,33 @@ def test_a_case_that_fails_is_listed_and_the_others_go_on(job, monkeypatch, erro
     assert [(f["dataset"], f["case_id"]) for f in result["failed"]] == [("organs", "a1")]
     assert result["failed"][0]["reason"].split(";")[0] == reason
     assert result["mean"]["n_cases"] == 3
+
+
+def test_what_failed_before_an_interruption_is_tried_again(job, monkeypatch):
+    """The storage may answer now, the device may have more memory: a failure says nothing about the next start."""
+    failing, plain = [True], ev.score_scan
+
+    def interrupted(model, of, case):
+        if not failing[0]:
+            return plain(model, of, case)
+        if case.row.case_id == "a1":
+            raise KeyboardInterrupt
+        raise CorruptShardError("a bad moment")
+
+    monkeypatch.setattr(ev, "score_scan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ev.evaluate(Oracle(TASKS).eval(), job)
+    failing[0] = False
+    result = ev.evaluate(Oracle(TASKS).eval(), job)
+    assert result is not None
+    assert (result["failed"], result["mean"]["n_cases"]) == ([], 4)
+
+
+def test_pictures_of_cases_with_names_of_any_script_are_files_of_their_own(tmp_path):
+    mask, image = np.ones((2, 4, 4), bool), np.zeros((2, 4, 4), np.float32)
+    cases = ["d/a0", "d/患者甲", "d/患者乙"]
+    files = [save_slice(tmp_path, case, image, [("liver", mask, mask)], (1.5, 1.5, 1.5)) for case in cases]
+    assert [read_slice(file).case for file in files] == cases
 
 
 def test_storage_that_fails_for_a_moment_costs_no_case(job, monkeypatch):
@@ -394,3 +422,13 @@ def test_during_training_writes_history_and_gauges(job, tmp_path, monkeypatch):
     assert Gauges.seen["test"] == 1.0
     assert Gauges.seen["hermes_evaluation_duration_seconds"] > 0
     assert "mean Dice on test 1.000" in Run.lines[0]
+    assert lines[1]["failed"] == []
+
+    def broken(row):
+        raise CorruptShardError("checksum does not match")
+
+    monkeypatch.setattr(job.stores[0], "read_case", broken)
+    assert ev.evaluate_during_training(Engine(), config, job.stores, TASKS, Run(), Gauges(), 30) is None
+    assert "step 30: not scored: organs/a1: checksum does not match" in Run.lines
+    last = json.loads((config.run_dir / "evaluation" / "history.jsonl").read_text().splitlines()[-1])
+    assert len(last["failed"]) == 4
