@@ -22,7 +22,8 @@ from hermes_dist.errors import exit_on_error
 from hermes_dist.parallel import runtime
 from hermes_dist.train.evaluate import Job, evaluate, others_before
 from hermes_dist.train.held_out import held_out_loss, write_held_out
-from hermes_dist.train.predict import load_run, to_device, use_cores
+from hermes_dist.train.options import to_count, to_device, use_cores
+from hermes_dist.train.predict import load_run
 from hermes_dist.train.report_scores import show
 from hermes_dist.train.run_directory import file_digest, open_stores
 from hermes_dist.train.transfer import check_preprocessing
@@ -34,9 +35,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", default="newest", help="newest (default), best or a step")
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
     parser.add_argument("--raw", type=Path, help="collection file: score on the scans' own grids against the raw labels")
-    parser.add_argument("--loss", type=int, metavar="N", help="only the loss, over N random patches → evaluation/SPLIT_loss.json")
+    parser.add_argument(
+        "--loss", type=to_count, metavar="N", help="only the loss, over N random patches → evaluation/SPLIT_loss.json"
+    )
     parser.add_argument("--device", type=to_device, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=to_count, help="CPU threads (default: all cores)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help='e.g. data.stores=["URL"]')
     return parser.parse_intermixed_args()

@@ -16,7 +16,8 @@ from data_tools.mask_writer import check_targets, target_of, write_multilabel, w
 from data_tools.scans import find_scans, read_scan
 from hermes_dist.errors import HermesError, exit_on_error
 from hermes_dist.train.memory_errors import named_memory_errors
-from hermes_dist.train.predict import THRESHOLD, Target, TrainedRun, load_run, predict_scan, resolve_targets, to_device, use_cores
+from hermes_dist.train.options import require_folder, to_count, to_device, use_cores
+from hermes_dist.train.predict import THRESHOLD, Target, TrainedRun, load_run, predict_scan, resolve_targets
 
 
 def arguments() -> argparse.Namespace:
@@ -29,7 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
     parser.add_argument("--multilabel", action="store_true", help="one label map instead of one file per task")
     parser.add_argument("--device", type=to_device, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=to_count, help="CPU threads (default: all cores)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. evaluate.overlap=0.75")
     return parser.parse_intermixed_args()
 
@@ -51,6 +52,7 @@ def main() -> int:
     with exit_on_error():
         scans = find_scans(args.input)
         check_targets(args.out, scans, source=args.input, multilabel=args.multilabel)
+        require_folder(args.out)
         use_cores(args.threads)
         run = load_run(args.run, args.device, args.overrides, checkpoint=args.checkpoint)
         print(run, flush=True)

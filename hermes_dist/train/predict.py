@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,16 @@ from hermes_dist.errors import CheckpointError, ConfigError, DataError, TaskErro
 from hermes_dist.models import build_model
 from hermes_dist.parallel.weights import NEWEST, open_weights
 from hermes_dist.seg import sliding_window
+from hermes_dist.shards.case import MAX_VOXELS
 from hermes_dist.tasks import DatasetTasks, TaskClass, TaskTable
 from hermes_dist.train.step import ask
-from hermes_dist.volume.geometry import Grid, Placement
-from hermes_dist.volume.intensity import count_not_finite
-from hermes_dist.volume.preprocess import Prepared, Preprocessing, preprocess_image, restore_probability
+from hermes_dist.volume.geometry import Grid, Placement, closest_ras
+from hermes_dist.volume.intensity import body_box, count_not_finite
+from hermes_dist.volume.preprocess import Prepared, Preprocessing, place, preprocess_image, restore_probability
 
 THRESHOLD = 0.5
+SPACING_RANGE_MM = (0.01, 100.0)
+"""As in conversion (data_tools/integrity.py): outside of it a header is wrong."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,9 @@ def load_run(
         raise ConfigError(f"run directory {run_dir} does not exist.{nearest(str(run_dir), beside)}")
     config = load_config(run_dir / "config.json", overrides)
     tasks = TaskTable.from_json(_read_json(run_dir / "tasks.json"))
-    described = run_dir / "preprocessing.json"
+    described = run_dir / "preprocessing.json"  # never guessed: other intensities or spacing give other masks
     try:
-        preprocessing = Preprocessing.model_validate(_read_json(described)) if described.exists() else Preprocessing()
+        preprocessing = Preprocessing.model_validate(_read_json(described))
     except ValidationError as error:
         raise ConfigError(f"{described}: {error}") from None
     device = device or default_device()
@@ -119,25 +122,11 @@ def load_run(
     return TrainedRun(run_dir, config, tasks, preprocessing, model, device, name, weights.checkpoint, weights.chosen)
 
 
-def to_device(text: str) -> torch.device:
-    """A `--device` option. Raises ArgumentTypeError for what torch does not know."""
-    try:
-        return torch.device(text)
-    except RuntimeError:
-        raise ArgumentTypeError(f"device {text!r} is unknown; expected cpu, cuda or cuda:1") from None
-
-
 def default_device() -> torch.device:
     """This process's GPU (by LOCAL_RANK under a launcher) if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def use_cores(threads: int | None = None) -> None:
-    """CPU threads of inference: as given, else this process's share of the host's cores (there are no data workers)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def load_model(config: Config, tasks: TaskTable, weights: dict[str, Tensor], device: torch.device, *, source: str) -> nn.Module:
@@ -146,7 +135,9 @@ def load_model(config: Config, tasks: TaskTable, weights: dict[str, Tensor], dev
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: the weights do not fit its config.json and tasks.json: {error}") from None
+        first, *more = [line.strip() for line in str(error).splitlines()][1:] or [str(error)]
+        others = f" (and {len(more)} more)" if more else ""
+        raise CheckpointError(f"{source}: the weights do not fit its config.json and tasks.json: {first[:500]}{others}") from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -241,7 +232,8 @@ def predict_scan(
 
     Raises:
         GeometryError: shape and grid disagree, or the axes are sheared.
-        DataError: voxels are NaN or infinite, or the scan has no contrast. Its masks would be empty, and nobody would know why.
+        DataError: voxels are NaN or infinite, the spacing is impossible, or the scan has no contrast. Its masks would be empty, and
+            nobody would know why.
     """
     image, placement, _ = _prepared(image_zyx, grid, modality, run.preprocessing)
     for dataset in {t.dataset.name: t.dataset for t in targets}.values():
@@ -258,6 +250,7 @@ def _prepared(image_zyx: npt.NDArray[Any], grid: Grid, modality: str, params: Pr
     bad = count_not_finite(image_zyx)
     if bad:
         raise DataError(f"{bad:,} of {image_zyx.size:,} voxels are NaN or infinite; replace them by the value of air")
+    _require_size(image_zyx, grid, modality, params)
     prepared = preprocess_image(image_zyx, grid, modality, params)
     low, high, std = (prepared.stats[key] for key in ("clip_low", "clip_high", "std"))
     seen = f"values from {float(image_zyx.min()):g} to {float(image_zyx.max()):g}"
@@ -269,6 +262,21 @@ def _prepared(image_zyx: npt.NDArray[Any], grid: Grid, modality: str, params: Pr
             "check its modality, and rescale slope and intercept"
         )
     return prepared
+
+
+def _require_size(image_zyx: npt.NDArray[Any], grid: Grid, modality: str, params: Preprocessing) -> None:
+    """Refuse what a wrong spacing would make of a scan before memory is asked for: lack of it may end the whole command."""
+    spacing = " × ".join(f"{s:.4g}" for s in grid.spacing_mm_zyx)
+    if min(grid.spacing_mm_zyx) < SPACING_RANGE_MM[0] or max(grid.spacing_mm_zyx) > SPACING_RANGE_MM[1]:
+        raise DataError(f"spacing {spacing} mm is impossible; repair the header (metres or inches are usual causes)")
+    shape = place(grid, None, params).stored_shape_vox_zyx
+    if math.prod(shape) >= MAX_VOXELS and params.crop_body:
+        shape = place(grid, body_box(closest_ras(grid.affine).apply(image_zyx), modality), params).stored_shape_vox_zyx
+    if math.prod(shape) >= MAX_VOXELS:
+        raise DataError(
+            f"resampling would make {' × '.join(map(str, shape))} voxels of a scan with spacing {spacing} mm (below "
+            f"{MAX_VOXELS:,} pass); repair the header's spacing"
+        )
 
 
 def restored_mask(levels: npt.NDArray[np.uint8], placement: Placement) -> npt.NDArray[np.bool_]:

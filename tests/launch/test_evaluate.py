@@ -110,6 +110,7 @@ def test_a_corrupt_case_ends_with_one(command, run, monkeypatch):
         (["data.stores=[]"], 2, "data.stores is empty"),
         (["--raw", "no/collection.json"], 1, "no/collection.json"),
         (["--device", "gpu0"], 2, "device 'gpu0' is unknown; expected cpu, cuda or cuda:1"),
+        (["--loss", "0"], 2, "'0': expected a whole number, 1 or more"),
     ],
 )
 def test_bad_use(command, run, arguments, code, words):

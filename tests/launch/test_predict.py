@@ -139,6 +139,7 @@ def test_a_folder_of_formats_as_label_maps(command, run, scan, tmp_path):
         ({"--input": "broken"}, 1, ["broken.nii.gz"]),
         ({"--input": "missing.nii.gz"}, 1, ["missing.nii.gz", "does not exist"]),
         ({"--run": "nowhere"}, 2, ["nowhere", "does not exist"]),
+        ({"--out": "/proc/masks"}, 2, ["--out /proc/masks cannot be written to"]),
     ],
 )
 def test_bad_use_ends_with_one_clear_message(command, run, scan, tmp_path, changes, code, words):
@@ -153,6 +154,16 @@ def test_bad_use_ends_with_one_clear_message(command, run, scan, tmp_path, chang
     for word in words:
         assert word in done.stderr
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("option", "value"), [("--threads", "-1"), ("--threads", "0"), ("--device", "cuda:99")])
+def test_options_that_this_machine_cannot_honour(run, scan, tmp_path, monkeypatch, capsys, option, value):
+    line = ["predict.py", "--run", run, "--input", scan, "--modality", "CT", "--tasks", "liver", "--out", tmp_path, option, value]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in line])
+    with pytest.raises(SystemExit) as end:
+        predict.main()
+    assert end.value.code == 2
+    assert value in capsys.readouterr().err
 
 
 def folder_of(root: Path) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools import integrity
 from hermes_dist.errors import CheckpointError, ConfigError, DataError, TaskError
 from hermes_dist.tasks import TaskTable
 from hermes_dist.train import predict
@@ -110,8 +111,13 @@ def test_bad_runs(tmp_path):
         predict.load_run(tmp_path / "runn")
     other = TaskTable.build([("organs", "CT", "abdomen", [("liver", [1]), ("spleen", [2]), ("aorta", [3])], None)])
     (run / "tasks.json").write_text(json.dumps(other.to_json()))
-    with pytest.raises(CheckpointError, match="weights do not fit"):
+    with pytest.raises(CheckpointError, match=r"weights do not fit .* size mismatch for pools\.enc4\.task: .* \(and \d+ more\)$"):
         predict.load_run(run)
+    prepared = (run / "preprocessing.json").read_text()
+    (run / "preprocessing.json").unlink()
+    with pytest.raises(ConfigError, match="preprocessing.json does not exist"):
+        predict.load_run(run)
+    (run / "preprocessing.json").write_text(prepared)
     (run / "tasks.json").unlink()
     with pytest.raises(ConfigError, match="tasks.json does not exist"):
         predict.load_run(run)
@@ -143,3 +149,21 @@ def test_scans_without_an_answer_are_refused(run, break_it, message):
     break_it(image)
     with pytest.raises(DataError, match=message):
         masks(run, image, grid)
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "message"),
+    [
+        ((0.0015, 0.0015, 0.005), "spacing 0.005 × 0.0015 × 0.0015 mm is impossible"),
+        ((99, 99, 99), r"resampling would make \d+ × \d+ × \d+ voxels of a scan with spacing 99 × 99 × 99 mm"),
+    ],
+)
+def test_a_wrong_spacing_is_refused_before_it_takes_all_memory(run, monkeypatch, spacing_mm, message):
+    def reached(*_):
+        raise AssertionError("resampling was begun")
+
+    monkeypatch.setattr(predict, "preprocess_image", reached)
+    image = np.zeros((40, 40, 40), np.int16)
+    with pytest.raises(DataError, match=message):
+        masks(run, image, Grid(np.diag([*spacing_mm, 1.0]), image.shape))
+    assert integrity.SPACING_RANGE_MM == predict.SPACING_RANGE_MM
