@@ -60,9 +60,8 @@ def main() -> int:
             return 0
         references = RawReferences(args.raw) if args.raw else None
         about = (args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references)
-        job = Job(
-            *about, checkpoint=run.checkpoint, chosen=run.chosen, references_digest=file_digest(args.raw) if args.raw else ""
-        )
+        source = file_digest(args.raw) if args.raw else ""
+        job = Job(*about, checkpoint=run.checkpoint, chosen=run.chosen, references_digest=source)
         earlier = others_before(job)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
             line = bar.add_task("scans", total=None)

@@ -49,12 +49,29 @@ def test_overrides_take_json_or_text_and_create_sections(tmp_path):
         ({"augment": {"contrast": 1.5}}, "augment.contrast = 1.5"),
         ({"augment": {"blur_sigma_vox": [-0.5, 1]}}, "augment.blur_sigma_vox.0 = -0.5"),
         ({"augment": {"noise_std": float("inf")}}, "augment.noise_std = inf"),
+        ({"run": {"name": ""}}, "run.name = ''"),
+        ({"model": {"blocks": [0, 1, 1, 1]}}, "model.blocks.0 = 0"),
+        ({"loss": {"modality_weight": -0.1}}, "loss.modality_weight = -0.1"),
+        ({"optimizer": {"betas": [1.0, 0.9]}}, r"optimizer.betas.0 = 1.0"),
+        ({"optimizer": {"eps": 0}}, "optimizer.eps = 0"),
+        ({"optimizer": {"weight_decay": -1e-5}}, "optimizer.weight_decay = -1e-05"),
+        ({"checkpoint": {"keep_every_hours": 0}}, "checkpoint.keep_every_hours = 0"),
+        ({"evaluate": {"max_cases": 0}}, "evaluate.max_cases = 0"),
+        ({"evaluate": {"max_cases": -1}}, "evaluate.max_cases = -1"),
+        ({"data": {"stores": "stores/a"}}, r"data.stores = 'stores/a': expected a JSON list, .*'data.stores=\["),
+        ([], "c.json: holds a list; expected an object of sections"),
     ],
 )
 def test_wrong_keys_and_values_are_named(tmp_path, data, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(write(tmp_path, data))
     assert caught.value.exit_code == 2
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "c.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="c.json: not a readable JSON file"):
+        load_config(tmp_path / "c.json")
 
 
 def test_readings_fill_only_what_was_left_open(tmp_path):

@@ -30,8 +30,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     try:
         data = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no JSON, or no text at all
         raise ConfigError(f"{path}: not a readable JSON file: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}; expected an object of sections (run, data, model, …)")
     data.pop("$schema", None)  # tells editors where configs/schema.json is
     for override in overrides:
         set_dotted(data, override)
@@ -79,6 +81,8 @@ def set_dotted(data: dict[str, Any], override: str) -> None:
 
 def _explain(location: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     dotted = ".".join(str(part) for part in location)
+    if kind == "tuple_type" and isinstance(value, str):
+        return f"{dotted} = {value!r}: expected a JSON list, in a shell within quotes: '{dotted}=[…]'"
     if kind != "extra_forbidden":
         return f"{dotted} = {value!r}: {message[0].lower()}{message[1:]}"
     section: Any = Config

@@ -8,12 +8,13 @@ lists; the resolved configuration, complete, lies beside the run as `config.json
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 Vox3 = tuple[int, int, int]
 Precision = Literal["fp32", "bf16"]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -25,7 +26,7 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = "run"
+    name: str = Field(default="run", min_length=1)
     """Name of the run; its directory is `output_dir/name`."""
     seed: int = 0
     """Moves the initialisation, the order of samples, crops and augmentation."""
@@ -174,7 +175,7 @@ class ModelConfig(Section):
     """Preset that fills the fields left at null: see READINGS."""
     base_channels: int = Field(default=32, ge=8)
     """Channels of the first stage, a multiple of 8; the stages have 1, 2, 4, 8, 10 times as many."""
-    blocks: tuple[int, int, int, int] = (2, 2, 2, 2)
+    blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (2, 2, 2, 2)
     """ResUNet: residual blocks of the four encoder stages (the decoder mirrors them)."""
     priors: PriorsConfig = PriorsConfig()
     """Context priors."""
@@ -185,7 +186,7 @@ class ModelConfig(Section):
 class LossConfig(Section):
     overlap: Literal["dice", "tversky"] | None = None
     """Overlap term: plain soft Dice (paper) or adaptive Tversky (published)."""
-    modality_weight: float | None = None
+    modality_weight: float | None = Field(default=None, ge=0)
     """λ of the modality cross entropy: 0.001 (paper), 0.01 (published); 0 = without the auxiliary loss."""
     auxiliary_weight: float = Field(default=0.5, ge=0, le=1)
     """Weight of Hermes-M's auxiliary head; the main head has the rest."""
@@ -196,11 +197,11 @@ class OptimizerConfig(Section):
     """LAMB with whole-tensor trust ratios under every ZeRO stage, or AdamW."""
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the moving averages."""
-    eps: float = 1e-5
+    eps: float = Field(default=1e-5, gt=0)
     """Added to the root of the second moment."""
-    weight_decay: float = 1e-5
+    weight_decay: float = Field(default=1e-5, ge=0)
     """Decoupled weight decay. LAMB adds it to a tensor's update before the trust ratio is taken. At 0 no tensor has a trust ratio
     (all are 1, as in apex: a step is Adam's); a tensor that `decay_exclude` exempts has neither decay nor ratio at any value."""
     decay_exclude: Literal["none", "vectors"] = "none"
@@ -258,7 +259,7 @@ class CheckpointConfig(Section):
     """Steps between checkpoints (0 = only the last)."""
     keep: int = Field(default=2, ge=1)
     """Newest complete checkpoints that are kept."""
-    keep_every_hours: float | None = None
+    keep_every_hours: float | None = Field(default=None, gt=0)
     """Also keep one checkpoint per this many hours."""
     background: bool = True
     """Write from a snapshot while training goes on."""
@@ -284,8 +285,8 @@ class EvaluateConfig(Section):
     """Tolerance of the normalised surface Dice."""
     bootstrap: int = Field(default=1000, ge=0)
     """Resamples for 95 % confidence intervals (0 = none)."""
-    max_cases: int | None = None
-    """Evaluate at most this many cases per dataset."""
+    max_cases: int | None = Field(default=None, ge=1)
+    """Evaluate at most this many cases per dataset (null = all)."""
 
 
 class MonitorConfig(Section):

@@ -35,7 +35,9 @@ def finetune_config(
     """
     old = load_config(source / "config.json")
     data = old.model_dump(mode="json")
-    data["run"] |= {"name": name, "resume": "auto"}
+    # Beside the source, wherever that lies now: it may have been moved or copied since it was trained.
+    beside = source.parent if source.name not in ("", "..") else source.resolve().parent
+    data["run"] |= {"name": name, "output_dir": str(beside), "resume": "auto"}
     data["data"] |= {"stores": list(stores)}
     data["data"]["mixture"]["weights"] = None
     data["data"]["foreground"]["class_weights"] = {}

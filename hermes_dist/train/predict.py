@@ -232,8 +232,8 @@ def predict_scan(
 
     Raises:
         GeometryError: shape and grid disagree, or the axes are sheared.
-        DataError: voxels are NaN or infinite, the spacing is impossible, or the scan has no contrast. Its masks would be empty, and
-            nobody would know why.
+        DataError: voxels are NaN or infinite, the spacing is impossible, or the scan has no contrast (its masks would be empty,
+            and nobody would know why).
     """
     image, placement, _ = _prepared(image_zyx, grid, modality, run.preprocessing)
     for dataset in {t.dataset.name: t.dataset for t in targets}.values():

@@ -81,12 +81,12 @@ def train(config: Config, runtime: Runtime) -> TrainResult:
     if config.evaluate.every_steps:
         find_cases(Job(config.run_dir, config, stores, tasks, config.evaluate.split, ""))
     build_ds_config(config, runtime.world_size)
-    if runtime.rank == 0:
-        run_directory.prepare(config, tasks, preprocessing, runtime.world_size, fresh.collection_digest)
-    check_shared(config.run_dir / "checkpoints", runtime)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, tasks)
     initial = transfer.initialise(model, config, tasks)
+    if runtime.rank == 0:
+        run_directory.prepare(config, tasks, preprocessing, runtime.world_size, fresh.collection_digest)
+    check_shared(config.run_dir / "checkpoints", runtime)
     apply_activation_checkpointing(model, config.train.activation_checkpointing, config.train.offload_activations)
     if config.train.compile:
         compile_blocks(model)

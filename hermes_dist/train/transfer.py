@@ -184,7 +184,11 @@ def _row_map(known: TaskTable, tasks: TaskTable) -> Callable[[str], Rows | None]
     """For a tensor's name: which rows come from where, if its first axis counts tasks or modalities; None for all others."""
     there = {f"{d.name}/{c.name}": c.task_id for d in known.datasets for c in d.classes}
     here = {f"{d.name}/{c.name}": c.task_id for d in tasks.datasets for c in d.classes}
-    task_rows = sorted({(row, there[name]) for name, row in here.items() if name in there})
+    first = dict[int, int]()  # a task shared here by classes that were separate there takes the first one's row
+    for name, row in here.items():
+        if name in there:
+            first.setdefault(row, there[name])
+    task_rows = sorted(first.items())
     modality_rows = [(i, known.modalities.index(m)) for i, m in enumerate(tasks.modalities) if m in known.modalities]
 
     def rows(name: str) -> Rows | None:

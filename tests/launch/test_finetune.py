@@ -56,6 +56,15 @@ def test_the_new_configuration(tmp_path):
     assert (frozen.train.trainable, frozen.optimizer.weight_decay, frozen.loss.modality_weight) == ("new_tasks", 0, 0)
 
 
+def test_the_new_run_lies_beside_the_old_one_wherever_that_was_moved(tmp_path, monkeypatch):
+    moved = make_run(tmp_path / "here").rename(tmp_path / "base")
+    assert finetune_config(moved, "transfer", stores=["x"], name="next").run_dir == tmp_path / "next"
+    monkeypatch.chdir(moved)
+    assert finetune_config(Path(), "transfer", stores=["x"], name="next").run_dir == tmp_path / "next"
+    elsewhere = finetune_config(moved, "transfer", stores=["x"], name="next", overrides=["run.output_dir=other"])
+    assert elsewhere.run_dir == Path("other/next")
+
+
 def test_bad_use(tmp_path):
     run = make_run(tmp_path)
     with pytest.raises(ConfigError, match="choose another --name"):

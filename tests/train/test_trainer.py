@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from hermes_dist.config import Config, resolve, set_dotted, validate
-from hermes_dist.errors import StreamError, UsageError, WaitTimeoutError
+from hermes_dist.errors import HermesError, StreamError, UsageError, WaitTimeoutError
 from hermes_dist.models import build_model
 from hermes_dist.parallel.checkpoint import list_checkpoints
 from hermes_dist.parallel.runtime import Runtime, start
@@ -204,6 +204,21 @@ def positions_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(trainer, "_share", watched)
     return seen
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.initial_weights=nowhere", "nowhere: no undamaged checkpoint"), ("model.backbone=nnunet", "has no prior fusion")],
+)
+def test_a_model_that_cannot_be_made_leaves_no_run_directory(
+    tmp_path: Path, runtime: Runtime, override: str, message: str
+) -> None:
+    data = run_config(tmp_path).model_dump(mode="json")
+    set_dotted(data, override)
+    config = resolve(validate(data))
+    with pytest.raises(HermesError, match=message):
+        train(config, runtime)
+    assert not config.run_dir.exists()
 
 
 def test_another_global_batch_neither_skips_nor_repeats_samples(

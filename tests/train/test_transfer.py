@@ -52,6 +52,22 @@ def test_rows_follow_their_names(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_task_that_is_shared_only_now_takes_the_first_of_its_rows(tmp_path):
+    run = make_run(tmp_path)
+    tasks = TaskTable.merge([TASKS, NEW])
+    shared = TaskTable.build(
+        [(d.name, d.modality, d.region, [(c.name, c.values) for c in d.classes], None) for d in tasks.datasets],
+        [["organs/liver", "brains/liver"]],
+    )
+    config = config_from(run, tmp_path)
+    model = build_model(config.model, shared)
+    said = transfer.initialise(model, config, shared)
+    old, new = old_model(run).state_dict(), model.state_dict()
+    assert torch.equal(new["pools.enc4.task"][:3], old["pools.enc4.task"][:3])
+    assert said is not None
+    assert "tensors with such rows 5 (pools.enc4.task" in said
+
+
 def test_what_was_loaded_and_what_was_not_is_said(tmp_path):
     run = make_run(tmp_path)
     config = config_from(run, tmp_path)
