@@ -35,9 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", default="newest", help="newest (default), best or a step")
     parser.add_argument("--split", default="test", help="train, val or test (default: test)")
     parser.add_argument("--raw", type=Path, help="collection file: score on the scans' own grids against the raw labels")
-    parser.add_argument(
-        "--loss", type=to_count, metavar="N", help="only the loss, over N random patches → evaluation/SPLIT_loss.json"
-    )
+    parser.add_argument("--loss", type=to_count, metavar="N", help="only the loss, over N patches → evaluation/SPLIT_loss.json")
     parser.add_argument("--device", type=to_device, help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--threads", type=to_count, help="CPU threads (default: all cores)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -57,6 +55,8 @@ def main() -> int:
         if args.loss:
             result = held_out_loss(run, stores, args.split, args.loss)
             print(f"{run}: loss {result['loss']:.4f} over {result['samples']} patches; wrote {write_held_out(run, result)}")
+            for name, reason in result["unreadable"].items():
+                print(f"replaced by other cases: {name}: {reason}", file=sys.stderr)
             return 0
         references = RawReferences(args.raw) if args.raw else None
         about = (args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references)

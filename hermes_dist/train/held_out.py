@@ -30,15 +30,18 @@ BATCH = 4
 def held_out_loss(run: TrainedRun, stores: Sequence[ShardStore], split: str, samples: int) -> dict[str, Any]:
     """Mean loss over the (sample, class) pairs of `samples` patches; also its terms. The model's weights stay as they are.
 
+    `unreadable` lists the cases whose patches were replaced by those of others: this is not the loss of an intact store.
+
     Raises:
         ConfigError: the split has no case.
     """
     config = _config(run.config, split, samples)
     tasks = _with_stored_values(run.tasks, stores)
     sums = LossSums.zeros(run.tasks, run.device)
-    modality_count = 0
+    modality_count, unreadable = 0, dict[str, str]()
     with torch.no_grad(), open_stream(config, stores, tasks, rank=0, world_size=1, start_step=0, telemetry=None) as stream:
         for batch in stream:
+            unreadable |= {f"{e['dataset']}/{e['case_id']}": str(e["error"]) for e in batch.events if e["kind"] == "substitution"}
             loss = StepLoss(config.loss, batch, sums, null_column=config.model.priors.padding == "attended")
             modality_count += batch.modality_count
             for micro in batch.micro_batches:
@@ -53,6 +56,7 @@ def held_out_loss(run: TrainedRun, stores: Sequence[ShardStore], split: str, sam
         "loss_bce": bce / count,
         "loss_dice": dice / count,
         "loss_modality": modality,
+        "unreadable": unreadable,
         **run.about,
     }
 

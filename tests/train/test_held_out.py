@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hermes_dist.errors import ConfigError
+from hermes_dist.errors import ConfigError, CorruptShardError
 from hermes_dist.models import build_model
 from hermes_dist.seg.losses import pair_losses
 from hermes_dist.stream.loader import open_stream
@@ -65,6 +66,22 @@ def test_it_is_the_loss_of_the_training_step_over_all_pairs(tmp_path: Path) -> N
 def test_a_split_without_cases_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no case"):
         held_out_loss(opened(tmp_path, Oracle(TASKS)), [make_store(tmp_path / "store")], "val", 4)
+
+
+def test_cases_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "store")
+    monkeypatch.setattr(held_out, "BATCH", 1)
+    run = opened(tmp_path, Oracle(TASKS))
+    assert held_out_loss(run, [store], "test", 6)["unreadable"] == {}
+    read = store.read_crop
+
+    def broken(row: Any, *args: Any, **more: Any) -> Any:
+        if row.case_id == "b0":
+            raise CorruptShardError("checksum does not match")
+        return read(row, *args, **more)
+
+    monkeypatch.setattr(store, "read_crop", broken)
+    assert held_out_loss(run, [store], "test", 6)["unreadable"] == {"brains/b0": "checksum does not match"}
 
 
 def test_labels_are_read_with_the_values_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
