@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools.collection import detect_layout
+from data_tools.findings import RejectedError
 from data_tools.sources import SOURCES
 from hermes_dist.errors import SourceError
 
@@ -57,6 +58,34 @@ def test_nnunet_channels_and_file_map(tmp_path, raw):
     assert dataset.modality == "FLAIR"
     np.testing.assert_array_equal(source.load(dataset.cases[0]).image_zyx, image + 1)
     assert [f.check for f in dataset.findings] == ["channel"]
+
+
+def test_another_channel_never_takes_the_place_of_a_missing_one(nnunet, tmp_path, raw):
+    image, label, affine = raw.make_volume()
+    raw.save(nnunet / "imagesTr" / "case_2_0001.nii.gz", image, affine)
+    (nnunet / "imagesTr" / "case_2_0000.nii.gz").unlink()
+    _, dataset = opened(nnunet, "nnunet")
+    assert [c.case_id for c in dataset.cases] == ["case_0", "case_1", "case_3"]
+    assert [(f.case_id, f.message) for f in dataset.findings] == [("case_2", "no image of channel 0")]
+    names = [raw.save(tmp_path / "list" / f"{name}.nii.gz", image, affine).name for name in ("a", "b", "alone")]
+    raw.save(tmp_path / "list" / "v1_0001.nii.gz", image, affine)
+    images = {"pair": names[:2], "few": names[2:], "none": [], "v1": "v1.nii.gz"}
+    for name in images:
+        raw.save(tmp_path / "list" / "labels" / f"{name}.nii.gz", label, affine)
+    entries = [{"image": image, "label": f"labels/{name}.nii.gz"} for name, image in images.items()]
+    (tmp_path / "list" / "list.json").write_text(json.dumps({"training": entries}))
+    source, dataset = opened(tmp_path / "list", "datalist", channel=1)
+    assert {c.case_id: c.images[0].name for c in dataset.cases} == {
+        "pair": "b.nii.gz", "few": "alone.nii.gz", "v1": "v1_0001.nii.gz",
+    }  # fmt: skip
+    assert [f.case_id for f in dataset.findings] == ["none"]
+    for case in dataset.cases:
+        if case.case_id == "few":  # it might hold several channels
+            with pytest.raises(RejectedError, match="channel 1 asked for, the file has one"):
+                source.load(case)
+        else:
+            source.load(case)
+    assert [c.case_id for c in opened(tmp_path / "list", "datalist", channel=2)[1].cases] == ["few"]
 
 
 def test_msd_with_4d_images_and_junk(tmp_path, raw):
