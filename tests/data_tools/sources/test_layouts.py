@@ -158,6 +158,22 @@ def test_one_file_per_class_keeps_overlaps_or_says_so(overlap, tmp_path, raw):
     assert case.digest == source.fingerprint(dataset.cases[0])
 
 
+def test_bids_tables_that_contradict_each_other(tmp_path, raw):
+    """Every subject may have a table of its own; the first one must not speak for all."""
+    image, label, affine = raw.make_volume()
+    for subject, names in (("1", "index\tname\n1\tliver\n2\tspleen\n"), ("2", "index\tname\n1\tliver\n3\tspleen\n")):
+        folder = tmp_path / f"sub-{subject}" / "anat"
+        raw.save(folder / f"sub-{subject}_T1w.nii.gz", image, affine)
+        raw.save(folder / f"sub-{subject}_dseg.nii.gz", label, affine)
+        (folder / f"sub-{subject}_dseg.tsv").write_text(names)
+    assert opened(tmp_path, "bids")[1].classes == [("liver", (1,)), ("spleen", (2, 3))]
+    table = tmp_path / "sub-2" / "anat" / "sub-2_dseg.tsv"
+    table.write_text("index\tname\n1\tspleen\n2\tliver\n")
+    with pytest.raises(SourceError, match="value 1 is 'liver' in .*sub-1_dseg.tsv and 'spleen' in .*sub-2_dseg.tsv"):
+        opened(tmp_path, "bids")
+    assert len(opened(tmp_path, "bids", label_ids=[(1,)])[1].cases) == 2
+
+
 def test_bids_derivatives(tmp_path, raw):
     image, label, affine = raw.make_volume()
     for sub in ("sub-01", "sub-02"):
