@@ -56,6 +56,21 @@ def test_damaged_compressed_pixels_are_rejected(tmp_path, syntax):
         read_series(tmp_path / "p1")
 
 
+def test_a_slice_that_is_shifted_in_its_plane_is_rejected(tmp_path):
+    write_series(tmp_path / "p1", toy(), order=1)
+    path = tmp_path / "p1" / "0003.dcm"
+    for shift_mm, stacked in ((0.2, True), (0.6, False)):
+        data = pydicom.dcmread(path)
+        x, y, z = data.ImagePositionPatient
+        data.ImagePositionPatient = [x, y + shift_mm, z]
+        data.save_as(path)
+        if stacked:
+            read_series(tmp_path / "p1")
+        else:
+            with pytest.raises(RejectedError, match="aside of the line"):
+                read_series(tmp_path / "p1")
+
+
 def test_a_missing_slice_is_rejected(tmp_path):
     write_series(tmp_path / "p1", toy())
     (tmp_path / "p1" / "0997.dcm").unlink()
