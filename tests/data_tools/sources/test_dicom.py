@@ -179,6 +179,28 @@ def test_equal_folder_names_do_not_make_equal_cases(tmp_path):
     assert [c.case_id for c in dataset.cases] == ["P1_study-1", "P2_study-1"]
 
 
+def test_studies_of_one_patient_id_are_one_patient(tmp_path):
+    def write(case, patient):
+        write_series(tmp_path / "d" / case, toy())
+        write_structures(tmp_path / "d" / case / "rt.dcm", [("gtv", [])])
+        for path in (tmp_path / "d" / case).iterdir():
+            data = pydicom.dcmread(path)
+            data.PatientID = patient
+            data.save_as(path)
+
+    for case, patient in (("a1", "Doe "), ("a2", "Doe"), ("b", "Roe"), ("c", "")):
+        write(case, patient)
+    dataset = SOURCES["dicom"].open(tmp_path / "d", {})
+    assert dataset.patients.keys() == {"a1", "a2", "b"}
+    assert dataset.patients["a1"] == dataset.patients["a2"] != dataset.patients["b"]
+    assert "Doe" not in str(dataset)
+    assert not dataset.findings
+    write("b", "Doe")
+    dataset = SOURCES["dicom"].open(tmp_path / "d", {})
+    assert not dataset.patients
+    assert [(f.check, f.severity) for f in dataset.findings] == [("patients", "warn")]
+
+
 def test_objects_that_would_blow_up_are_refused(tmp_path):
     write_series(tmp_path / "p1", toy())
     file = tmp_path / "p1" / "0000.dcm"
