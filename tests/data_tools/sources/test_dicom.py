@@ -201,6 +201,16 @@ def test_studies_of_one_patient_id_are_one_patient(tmp_path):
     assert [(f.check, f.severity) for f in dataset.findings] == [("patients", "warn")]
 
 
+@pytest.mark.parametrize(("drawn", "warned"), [((0, 2, 4, 5), False), ((0, 2), False), ((0, 2, 4, 6), True)])
+def test_contours_on_every_second_slice_are_warned_of(drawn, warned, tmp_path):
+    write_series(tmp_path / "p", toy((8, 20, 24)), spacing=(2.0, 1.0, 1.0))
+    square = [[(-18 + x, -28 + y, 10 + 2 * k) for x, y in ((0, 0), (6, 0), (6, 6), (0, 6))] for k in drawn]
+    write_structures(tmp_path / "p" / "rt.dcm", [("gtv", square)])
+    case = SOURCES["dicom"].load(SOURCES["dicom"].open(tmp_path, {}).cases[0])
+    assert set(np.flatnonzero(case.label_zyx.any(axis=(1, 2)))) == set(drawn)
+    assert ["every 2. slice" in f.message for f in case.findings if f.check == "contour"] == [True] * warned
+
+
 def test_objects_that_would_blow_up_are_refused(tmp_path):
     write_series(tmp_path / "p1", toy())
     file = tmp_path / "p1" / "0000.dcm"
