@@ -31,6 +31,7 @@ class ResolvedDataset:
     """A dataset as it will be converted.
 
     `declared_values`: every label value that may occur (a subset of classes may be used). `split_of`, `patient_of`: by case id.
+    `named`: cases whose patient is stated; any other counts as its own. `listed`: all ids of the source, whether chosen or not.
     `shares`, `held_out`: how cases without a stated split are drawn.
     """
 
@@ -46,6 +47,8 @@ class ResolvedDataset:
     trust_image_grid: bool = False
     split_of: dict[str, str] = field(default_factory=dict[str, str])
     patient_of: dict[str, str] = field(default_factory=dict[str, str])
+    named: set[str] = field(default_factory=set[str])
+    listed: frozenset[str] = frozenset()
     shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
     held_out: frozenset[str] = frozenset()
     findings: list[Finding] = field(default_factory=list[Finding])
@@ -97,9 +100,8 @@ def read_collection_file(path: Path, known_splits: Mapping[tuple[str, str], str]
     for table, what in ((splits, "splits"), (patients, "patients")):
         for name in table.keys() - set(names):
             raise ConfigError(f"{path}: {what} names dataset {name!r}, which the collection does not have.{nearest(name, names)}")
-    for dataset in datasets:
-        stated = patients.get(dataset.name, {})
-        dataset.patient_of.update({c.case_id: stated[c.case_id] for c in dataset.cases if c.case_id in stated})
+    for entry, dataset in zip(file.datasets, datasets, strict=True):
+        _add_patients(dataset, patients.get(dataset.name, {}), entry.patient)
     assign_splits(datasets, splits, known_splits or {})
     return ResolvedCollection(file.name, datasets, file.shared_tasks, preprocessing_of(file.preprocessing, str(path)))
 
@@ -136,6 +138,19 @@ def _inline(value: Any, path: Path, form: TypeAdapter[Any], expected: str) -> di
     except ValidationError as error:
         place = "/".join(str(p) for p in error.errors()[0]["loc"])
         raise ConfigError(f"{path.parent / str(value)}: {place}: expected an object, {expected}") from None
+
+
+def _add_patients(dataset: ResolvedDataset, stated: Mapping[str, str], pattern: str | None) -> None:
+    """Take over the collection's table, and tell what does not fit: such cases count as patients of their own, and may leak."""
+    found = {c.case_id: stated[c.case_id] for c in dataset.cases if c.case_id in stated}
+    dataset.patient_of.update(found)
+    dataset.named |= found.keys()
+    if absent := sorted(stated.keys() - dataset.listed):
+        message = f"{len(absent)} cases of `patients` are not there, e.g. {absent[0]}"
+        dataset.findings.append(Finding("patients", "warn", message, "correct the ids or add the cases", dataset=dataset.name))
+    if pattern and (loose := [c.case_id for c in dataset.cases if c.case_id not in dataset.named]):
+        message = f"`patient` {pattern!r} fits {len(loose)} case ids not, e.g. {loose[0]}; each counts as its own patient"
+        dataset.findings.append(Finding("patients", "warn", message, "correct the expression", dataset=dataset.name))
 
 
 def detect_layout(path: Path) -> str:
@@ -212,18 +227,25 @@ def _resolve(entry: DatasetEntry, base: Path) -> ResolvedDataset:
         raise SourceError(f"dataset {entry.name!r}: no case found in {root}; check `path`, `layout` ({layout}) and `include`")
     part_of = {case_id: part for part, ids in (raw.splits or {}).items() for case_id in ids}
     dataset.split_of = {c.case_id: part_of[c.case_id] for c in chosen if c.case_id in part_of}
-    dataset.patient_of = {c.case_id: _patient(entry, raw, c.case_id) for c in chosen}
+    patients = {c.case_id: _patient(entry, raw, c.case_id) for c in chosen}
+    dataset.patient_of = {case_id: patient or case_id for case_id, patient in patients.items()}
+    dataset.named = {case_id for case_id, patient in patients.items() if patient}
+    dataset.listed = frozenset([*(c.case_id for c in raw.cases), *(f.case_id for f in raw.findings)])
     if entry.parts:
         dataset.shares = {part: entry.parts.get(part, 0) / sum(entry.parts.values()) for part in PARTS}
+    dataset.held_out = raw.held_out & dataset.patient_of.keys()
     if entry.held_out:
         inside = {c.case_id: _inside(c, root) for c in chosen}
         dataset.held_out = frozenset(i for i, name in inside.items() if re.search(entry.held_out, name))
+        if inside and not dataset.held_out:
+            message = f"`held_out` {entry.held_out!r} fits no image path, e.g. {next(iter(inside.values()))}"
+            dataset.findings.append(Finding("split", "warn", message, "correct the expression", dataset=entry.name))
     return dataset
 
 
-def _patient(entry: DatasetEntry, raw: RawDataset, case_id: str) -> str:
+def _patient(entry: DatasetEntry, raw: RawDataset, case_id: str) -> str | None:
     found = re.search(entry.patient, case_id) if entry.patient else None
-    return found[1] if found else raw.patients.get(case_id, case_id)
+    return found[1] if found else raw.patients.get(case_id)
 
 
 def _inside(case: CaseRef, root: Path) -> str:

@@ -165,7 +165,7 @@ def run_job(job: Job, target: Target | None) -> Outcome:
             seconds = time.perf_counter() - started
             return Outcome(dataset, case_id, "unchanged", content_hash=stored, input_bytes=input_bytes, seconds=seconds)
         raw = SOURCES[job.layout].load(job.case)
-        findings = [*raw.findings, *inspect_case(raw, job.expected)]
+        findings = [*raw.findings, *inspect_case(raw, job.expected), *_hounsfield(job, raw)]
         digest, content = image_hash(raw), job.content_hash(raw.digest)
         prepared = _prepare(job, raw, findings) if target else None
     except RejectedError as error:
@@ -199,6 +199,15 @@ def run_job(job: Job, target: Target | None) -> Outcome:
             finding = Finding("not storable", "reject", str(error), "see the message; leave the case out if nothing helps")
             return _rejected(job, finding.at(dataset, case_id, file), input_bytes, started)
     return replace(outcome, seconds=time.perf_counter() - started)
+
+
+def _hounsfield(job: Job, raw: RawCase) -> list[Finding]:
+    """CT is clipped in Hounsfield units: values that lack the rescale intercept would lose their contrast without a word."""
+    if not is_ct(job.modality) or (low := float(raw.image_zyx.min())) < 0:
+        return []
+    message = f"CT values from {low:g} to {float(raw.image_zyx.max()):g}, none below 0; Hounsfield units have air at -1000"
+    hint = "add the rescale intercept (-1024, mostly), or state the modality if this is no CT; a scan without any air may stay"
+    return [Finding("intensity", "warn", message, hint)]
 
 
 def _rejected(job: Job, finding: Finding, input_bytes: int, started: float) -> Outcome:

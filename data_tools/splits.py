@@ -1,10 +1,11 @@
 """Which case is for training, validation or test.
 
-In order: the collection's `splits`; what the dataset itself states (splits_final.json, datalist parts, meta.csv); what an
-existing store says; else 70 / 10 / 20 % (or the shares of `parts`) by patient, drawn by a hash of the patient's name, so that it
-needs no seed, is the same everywhere, and a patient is in one part over all datasets. With fewer than five patients `val` is
-empty; a single patient is for training. Where some cases are `held_out` they are the test part, and the others are drawn into the
-other two.
+In order: the collection's `splits`; what the dataset itself states (splits_final.json, datalist parts, meta.csv); `held_out`
+cases (of the collection, or nnU-Net's `imagesTs`) are the test part; what an existing store says; else 70 / 10 / 20 % (or the
+shares of `parts`) by patient, drawn by a hash of the patient's name, so that it needs no seed, is the same everywhere, and a
+patient is in one part over all datasets. With fewer than five patients `val` is empty; a single patient is for training.
+Where some cases are held out the others are drawn into the other two parts. Stated and known parts stay: patients whom they
+divide are warned of.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class HasSplits(Protocol):
     cases: list[CaseRef]
     split_of: dict[str, str]
     patient_of: dict[str, str]
+    named: set[str]
     shares: Mapping[str, float]
     held_out: frozenset[str]
     findings: list[Finding]
@@ -50,7 +52,7 @@ def assign_splits(
         elif not dataset.split_of:
             dataset.split_of = {
                 c.case_id: known[dataset.name, c.case_id] for c in dataset.cases if (dataset.name, c.case_id) in known
-            }
+            } | dict.fromkeys(sorted(dataset.held_out), "test")
             undecided.append(dataset)
             for case_id, part in dataset.split_of.items():
                 part_of_patient.setdefault(dataset.patient_of[case_id], part)
@@ -65,6 +67,26 @@ def assign_splits(
             dataset.cases = [c for c in dataset.cases if c.case_id in dataset.split_of]
     for dataset in undecided:
         _draw(dataset, part_of_patient)
+    _warn_of_divided_patients(datasets)
+
+
+def _warn_of_divided_patients(datasets: Sequence[HasSplits]) -> None:
+    """Stated parts (or a store's, made before the patients were stated) may divide a patient: training then sees test patients.
+
+    Cases whose patient nobody stated are left out: equal case ids in two datasets are mostly chance.
+    """
+    places: dict[str, dict[str, tuple[HasSplits, str]]] = {}
+    for dataset in datasets:
+        for case_id in (c.case_id for c in dataset.cases if c.case_id in dataset.named):
+            places.setdefault(dataset.patient_of[case_id], {}).setdefault(dataset.split_of[case_id], (dataset, case_id))
+    divided = {patient: found for patient, found in places.items() if len(found) > 1}
+    if divided:
+        patient, found = min(divided.items())
+        where = " and ".join(f"{part} ({dataset.name}/{case_id})" for part, (dataset, case_id) in found.items())
+        message = f"{len(divided)} patients are in more than one part, e.g. {patient!r} in {where}"
+        hint = 'correct "splits"; without stated splits a store keeps the parts that it has: convert to another URL to draw anew'
+        first, _ = next(iter(found.values()))
+        first.findings.append(Finding("split", "warn", message, hint, dataset=first.name))
 
 
 def _stated(dataset: HasSplits, parts: Mapping[str, list[str]]) -> dict[str, str]:
@@ -87,13 +109,11 @@ def _stated(dataset: HasSplits, parts: Mapping[str, list[str]]) -> dict[str, str
 
 
 def _draw(dataset: HasSplits, part_of_patient: dict[str, str]) -> None:
-    for case_id in sorted(dataset.held_out):
-        part_of_patient.setdefault(dataset.patient_of[case_id], "test")
     patients = sorted({dataset.patient_of[c.case_id] for c in dataset.cases})
     quota = {part: round(share * len(patients)) for part, share in dataset.shares.items()}
     if len(patients) < MIN_PATIENTS_FOR_VAL:
         quota["val"] = 0
-    quota["test"] = 0 if len(patients) == 1 else max(1, quota["test"])
+    quota["test"] = 0 if len(patients) == 1 or not dataset.shares["test"] else max(1, quota["test"])
     if dataset.held_out:
         drawn = len({p for p in patients if part_of_patient.get(p) != "test"})
         learn = dataset.shares["train"] + dataset.shares["val"]

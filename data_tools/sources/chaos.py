@@ -2,13 +2,14 @@
 
 `PATIENT/T1DUAL/DICOM_anon/InPhase/*.dcm` with `PATIENT/T1DUAL/Ground/*.png` (both phases share the masks), and
 `PATIENT/T2SPIR/DICOM_anon/*.dcm` with `PATIENT/T2SPIR/Ground/*.png`. A case is one folder of slices, called
-`PATIENT_T1DUAL_InPhase`, `PATIENT_T2SPIR`. The masks carry no positions: the n-th PNG by name belongs to the n-th slice by name.
-Slices are then ordered by position, masks with them; every slice of CHAOS has a series number of its own, so a folder is taken as
-one series.
+`PATIENT_T1DUAL_InPhase`, `PATIENT_T2SPIR`. The masks carry no positions: the n-th PNG by name belongs to the n-th slice by
+name, numbers in names by their value. Slices are then ordered by position, masks with them; every slice of CHAOS has a series
+number of its own, so a folder is taken as one series.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class ChaosSource:
         for slices in sorted(path.rglob(SLICES)):
             masks = slices.parent / MASKS
             for folder in [slices, *sorted(p for p in slices.iterdir() if p.is_dir())]:
-                files = [f for f in files_in(folder) if is_dicom(f)]
+                files = [f for f in _files(folder) if is_dicom(f)]
                 if files:
                     _add_case(dataset, folder, files, [f for f in _files(masks) if f.suffix.lower() == ".png"])
         return dataset
@@ -68,7 +69,8 @@ def has_masks(path: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    return files_in(folder) if folder.is_dir() else []
+    """By name, where 10 follows 9 whether or not there are leading zeros: masks are paired with slices by this order."""
+    return sorted(files_in(folder), key=lambda f: [int(p) if p.isdigit() else p for p in re.split(r"([0-9]+)", f.name)])
 
 
 def _add_case(dataset: RawDataset, folder: Path, slices: list[Path], masks: list[Path]) -> None:

@@ -72,6 +72,7 @@ def _rasterise(
 ) -> np.ndarray:
     parity = np.zeros(grid.shape_vox_zyx, np.int32)
     worst, outside = 0.0, 0
+    drawn: set[int] = set()
     for lps in polygons:
         ijk = (lps * (-1, -1, 1)) @ to_index[:3, :3].T + to_index[:3, 3]
         k = round(float(ijk[:, 2].mean()))
@@ -82,9 +83,15 @@ def _rasterise(
         worst = max(worst, off)
         if 0 <= k < len(parity):
             fill_even_odd(ijk[:, :2], parity[k])
+            drawn.add(k)
         else:
             outside += 1
     if worst > NOTED_OFF_PLANE_VOX or outside:
         message = f"contours of {name!r} lie up to {worst:.2f} slices beside the slices, {outside} outside the image"
         findings.append(Finding("contour", "warn", message, "check that the structure set belongs to this series", file))
+    steps = np.diff(sorted(drawn))
+    if steps.size >= 3 and steps.min() > 1:  # few contours may be few lesions
+        message = f"contours of {name!r} lie on every {steps.min()}. slice at most; the slices between stay empty"
+        hint = "interpolate them in the program that drew them, or pair them with the series on which they were drawn"
+        findings.append(Finding("contour", "warn", message, hint, file))
     return (parity & 1).astype(bool)

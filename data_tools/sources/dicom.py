@@ -52,10 +52,13 @@ class DicomSource:
         paint = paint_of(names, options, path)
         dataset.classes, dataset.painted = paint.classes, True
         shared = Counter(folder.name for folder in groups)
+        people: dict[str, set[str]] = {}
         for folder, items in sorted(groups.items()):
             inside = folder.relative_to(path).parts or (path.name,)
             case_id = inside[-1] if shared[folder.name] == 1 else "_".join(inside)
+            people[case_id] = {p for item in items for p in item.patients}
             _add_case(dataset, case_id, folder, items, paint)
+        _add_patients(dataset, people)
         modalities = {item.modality for item in series if item.modality}
         if len(modalities) == 1:
             modality = modalities.pop()
@@ -108,16 +111,19 @@ class _Series:
     names: list[str]
     referenced: set[str]
     modality: str | None
+    patients: set[str]
 
     @staticmethod
     def read(folder: Path) -> _Series:
-        item = _Series(folder, {}, [], [], set(), None)
+        item = _Series(folder, {}, [], [], set(), None, set())
         for file in files_in(folder):
             if not is_dicom(file):
                 continue
             try:
                 header = read_header(file)
                 modality, uid = str(header.get("Modality", "")), str(header.get("SeriesInstanceUID", ""))
+                if modality in IMAGE_MODALITIES | LABEL_MODALITIES:
+                    item.patients |= {str(header.get("PatientID") or "").strip()} - {""}
                 if modality in IMAGE_MODALITIES:
                     item.images.setdefault(uid, []).append(file)
                     item.modality = modality
@@ -148,6 +154,19 @@ def _add_case(dataset: RawDataset, case_id: str, folder: Path, items: list[_Seri
     (files,) = candidates.values()
     options = (("names", tuple(paint.values.items())), ("regions", paint.regions))
     dataset.cases.append(CaseRef(case_id, tuple(sorted(files)), tuple((f, 0) for f in labels), 0, options))
+
+
+def _add_patients(dataset: RawDataset, people: Mapping[str, set[str]]) -> None:
+    """Whose the cases are, by PatientID: studies of one person must not come into two parts. Hashed, since it may be a name."""
+    ids = {c.case_id: min(people[c.case_id]) for c in dataset.cases if len(people[c.case_id]) == 1}
+    if len(set(ids.values())) > 1:
+        dataset.patients = {c: hashlib.blake2b(f"PatientID:{p}".encode(), digest_size=8).hexdigest() for c, p in ids.items()}
+    elif len(ids) > 1:
+        message = (
+            f"{len(ids)} cases have the same PatientID: it was made anonymous, or they are one person; each counts as its own"
+        )
+        hint = "state `patient` or `patients` in the collection if some are one person"
+        dataset.findings.append(Finding("patients", "warn", message, hint, str(dataset.root), dataset.name))
 
 
 def _label_names(header: Dataset) -> list[str]:

@@ -187,7 +187,7 @@ class BidsSource:
 
     def open(self, path: Path, options: Mapping[str, Any]) -> RawDataset:
         """Pair each `_dseg` with the raw image of the same entities (here, or in the raw tree two folders up)."""
-        dataset = RawDataset(path.name, "bids", path, [], _bids_classes(path))
+        dataset = RawDataset(path.name, "bids", path, [], [] if options.get("label_ids") else _bids_classes(path))
         roots = [path, *(p for p in (path.parent.parent,) if path.parent.name == "derivatives")]
         wanted = options.get("image_suffix") or BIDS_SUFFIX.get(str(options.get("modality", "")))
         images: dict[frozenset[str], list[Path]] = {}
@@ -225,13 +225,23 @@ def _free_entities(stem: str) -> set[str]:
 
 
 def _bids_classes(path: Path) -> list[ClassValues]:
-    file = next(iter(sorted(path.rglob("*dseg.tsv"))), None)
-    if file is None:
-        return []
-    with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
-        rows = list(csv.DictReader(text, delimiter="\t"))
-    try:
-        labels = {str(r["name"]): int(r["index"]) for r in rows}
-    except (KeyError, TypeError, ValueError):
-        raise SourceError(f"{file}: expected the columns `index` (whole numbers) and `name`") from None
-    return parse_labels(labels, file)[0]
+    """All tables together; a name of several values is a region. Raises SourceError where two tables name a value differently."""
+    stated: dict[int, tuple[str, Path]] = {}
+    for file in sorted(path.rglob("*dseg.tsv")):
+        with file.open(newline="", encoding="utf-8-sig", errors="replace") as text:
+            rows = list(csv.DictReader(text, delimiter="\t"))
+        try:
+            found = [(int(r["index"]), str(r["name"])) for r in rows]
+        except (KeyError, TypeError, ValueError):
+            raise SourceError(f"{file}: expected the columns `index` (whole numbers) and `name`") from None
+        for value, name in found:
+            other, where = stated.setdefault(value, (name, file))
+            if other != name:
+                raise SourceError(
+                    f"value {value} is {other!r} in {where} and {name!r} in {file}; make the label maps alike, or state the "
+                    "values with `labels` and `label_ids` in the collection, one dataset for each table (`include`)"
+                )
+    labels: dict[str, list[int]] = {}
+    for value, (name, _) in stated.items():
+        labels.setdefault(name, []).append(value)
+    return parse_labels(labels, path)[0] if labels else []

@@ -111,14 +111,21 @@ def _open(file: Path, layout: str, options: Mapping[str, Any]) -> RawDataset:
 
 def _case(dataset: RawDataset, entry: Mapping[str, Any], channel: int, seen: set[str]) -> CaseRef | None:
     images = entry.get("image")
-    listed = isinstance(images, list)
     paths = [dataset.root / str(p) for p in (images if isinstance(images, list) else [images])]
-    image, label = paths[min(channel, len(paths) - 1) if listed else 0], dataset.root / str(entry["label"])
+    files_of_channels = isinstance(images, list) and (len(paths) > 1 or channel == 0)  # else a file holds all channels
+    label = dataset.root / str(entry["label"])
+    if not paths or (files_of_channels and channel >= len(paths)):
+        message = f"no image of channel {channel}, the list has {len(paths)}"
+        finding = Finding("missing pair", "reject", message, "add it or remove the entry", str(label))
+        dataset.findings.append(finding.at(dataset.name, stem_of(label)))
+        return None
+    image = paths[channel if files_of_channels else 0]
     if image.name.startswith("._") or label.name.startswith("._"):
         return None
     if not image.is_file():  # nnU-Net v1 kept this file and added the channel number to the images
         suffix = image.name[len(stem_of(image)) :]
         image = image.with_name(f"{stem_of(image)}_{channel:04d}{suffix}")
+        files_of_channels |= image.is_file()
     case_id = stem_of(label)
     if case_id in seen:  # case folders with equal file names
         case_id = f"{label.parent.name}_{case_id}"
@@ -131,7 +138,7 @@ def _case(dataset: RawDataset, entry: Mapping[str, Any], channel: int, seen: set
         dataset.findings.append(finding)
         return None
     seen.add(case_id)
-    case = CaseRef(case_id, (image,), ((label, None),), channel, (("channel_is_file", listed),))
+    case = CaseRef(case_id, (image,), ((label, None),), channel, (("channel_is_file", files_of_channels),))
     dataset.cases.append(case)
     return case
 

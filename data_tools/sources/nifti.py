@@ -42,10 +42,11 @@ def read_nifti(path: Path) -> RawVolume:
 
 
 def measure_nifti(path: Path) -> tuple[Grid, int]:
-    """(grid, bytes per voxel) from the header alone. Raises RejectedError."""
+    """(grid, bytes per voxel of all channels) from the header alone. Raises RejectedError."""
     with ByteReader(path) as reader:
         header, shape, dtype = _begin(reader, [])
-        return _grid(reader, header, (shape[-3], shape[-2], shape[-1]), []), dtype.itemsize
+        channels = shape[0] if len(shape) == 4 else 1
+        return _grid(reader, header, (shape[-3], shape[-2], shape[-1]), []), channels * dtype.itemsize
 
 
 def _begin(reader: ByteReader, findings: list[Finding]) -> tuple[nib.Nifti1Header, tuple[int, ...], np.dtype]:

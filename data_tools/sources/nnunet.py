@@ -1,7 +1,7 @@
 """nnU-Net v2 raw: `dataset.json`, `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`, or the explicit file map `dataset`.
 
 Honoured: regions, ignore label, `file_ending`, `splits_final.json` (fold 0 unless `fold` says otherwise), `imagesTs` where
-`labelsTs` has labels. One channel is read (`channel`, default 0).
+`labelsTs` has labels: these cases are for testing. One channel is read (`channel`, default 0).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class NnunetSource:
             if (path / "labelsTs").is_dir():
                 test = _from_folders(dataset, "imagesTs", "labelsTs", ending, channel)
         dataset.splits = _splits(path, dataset, test, int(options.get("fold", 0)))
+        dataset.held_out = frozenset(test)
         return dataset
 
     def load(self, case: CaseRef) -> RawCase:
@@ -68,7 +69,7 @@ def _from_map(dataset: RawDataset, files: Any, source: Path, channel: int) -> No
         raise SourceError(f"{source}: `dataset` must map case ids to {{'images': […], 'label': …}}")
     for case_id, entry in sorted(files.items()):
         try:
-            images, label = [dataset.root / p for p in entry["images"]], dataset.root / entry["label"]
+            images, label = {c: dataset.root / p for c, p in enumerate(entry["images"])}, dataset.root / entry["label"]
         except (KeyError, TypeError):
             raise SourceError(f"{source}: case {case_id!r} of `dataset` needs `images` (a list) and `label`") from None
         _add(dataset, str(case_id), images, label, channel)
@@ -90,8 +91,7 @@ def _from_folders(dataset: RawDataset, images: str, labels: str, ending: str, ch
         by_case.setdefault(match["case"], {})[int(match["channel"])] = file
     folder = dataset.root / labels
     for case_id, channels in by_case.items():
-        files = [channels[c] for c in sorted(channels)]
-        _add(dataset, case_id, files, folder / f"{case_id}{ending}", channel)
+        _add(dataset, case_id, channels, folder / f"{case_id}{ending}", channel)
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         case_id = file.name.removesuffix(ending)
         if not file.name.startswith(".") and file.name.endswith(ending) and case_id not in by_case:
@@ -100,8 +100,9 @@ def _from_folders(dataset: RawDataset, images: str, labels: str, ending: str, ch
     return list(by_case)
 
 
-def _add(dataset: RawDataset, case_id: str, images: list[Path], label: Path, channel: int) -> None:
-    if channel >= len(images) or not label.is_file() or not images[channel].is_file():
+def _add(dataset: RawDataset, case_id: str, images: Mapping[int, Path], label: Path, channel: int) -> None:
+    """Add a case, by the numbers of its channels: where one is missing, the next one must not take its place."""
+    if channel not in images or not label.is_file() or not images[channel].is_file():
         missing = "label" if not label.is_file() else f"image of channel {channel}"
         finding = Finding(
             "missing pair", "reject", f"no {missing}", "add it or remove the case", str(label), dataset.name, case_id

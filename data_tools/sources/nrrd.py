@@ -65,11 +65,11 @@ def nrrd_data_files(path: Path) -> list[Path]:
 
 
 def measure_nrrd(path: Path) -> tuple[Grid, int]:
-    """(grid, bytes per voxel) from the header alone. Raises RejectedError."""
+    """(grid, bytes per voxel of all channels) from the header alone. Raises RejectedError."""
     with ByteReader(path) as reader:
         fields = _fields(reader)
         shape = _shape(reader, fields)
-        return _grid(reader, fields, (shape[0], shape[1], shape[2]), []), _dtype(reader, fields).itemsize
+        return _grid(reader, fields, (shape[0], shape[1], shape[2]), []), math.prod(shape[3:]) * _dtype(reader, fields).itemsize
 
 
 def beside(reader: ByteReader, name: str) -> Path:

@@ -82,6 +82,7 @@ ClassValues = tuple[str, tuple[int, ...]]
 class RawDataset:
     """What a source found in one folder: cases, declared classes, and whatever else the layout states.
 
+    `held_out`: ids of cases that are for testing, where `splits` states nothing. `patients`: case id → patient, as far as known.
     `painted`: the source makes the label maps out of masks, so `classes` are the values in them, whatever is declared elsewhere.
     """
 
@@ -94,6 +95,7 @@ class RawDataset:
     region: str | None = None
     ignore_value: int | None = None
     splits: dict[str, list[str]] | None = None
+    held_out: frozenset[str] = frozenset()
     patients: dict[str, str] = field(default_factory=dict[str, str])
     findings: list[Finding] = field(default_factory=list[Finding])
     painted: bool = False

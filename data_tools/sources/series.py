@@ -24,6 +24,8 @@ from hermes_dist.volume.geometry import Grid
 
 IMAGE_MODALITIES = frozenset({"CT", "MR", "PT", "NM"})
 SPACING_TOLERANCE = 0.01
+ASIDE_VOX = 0.5
+"""Slices that are shifted in their plane by more would be stacked in wrong columns."""
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 HEAD_BYTES = 2048
 
@@ -161,6 +163,11 @@ def _stack_checked(slices: list[Dataset], folder: str) -> tuple[np.ndarray, Grid
         if len(slices) > 1
         else normal * float(first.SliceThickness)
     )
+    line = position[order[0]] + np.arange(len(slices))[:, None] * step
+    beside_mm = float(np.abs((position[order] - line) @ np.stack([row, column], axis=1)).max())
+    if beside_mm > ASIDE_VOX * min(rows_mm, columns_mm):
+        message = f"slices lie up to {beside_mm:.3f} mm aside of the line from the first to the last"
+        raise RejectedError("dicom", message, "resample the series to one grid, or repair the positions", folder)
     affine = np.eye(4)
     affine[:3, :3] = np.stack([row * columns_mm, column * rows_mm, step], axis=1)
     affine[:3, 3] = position[order[0]]

@@ -17,10 +17,11 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from hermes_dist.errors import CorruptShardError, HermesError, StorageAccessError, StoreError, TransientStorageError
 
+REMOTE_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "azure", "http", "https")
 ACCESS_ERRNO = frozenset({errno.EACCES, errno.EPERM})
 STORE_ERRNO = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 """What lies there is not what a store holds …"""
@@ -92,14 +93,22 @@ def split_url(url: str) -> tuple[str, str]:
     """`(scheme, path or url)`: `file` for plain paths and file URLs.
 
     Raises:
-        StoreError: a scheme that no storage speaks.
+        StoreError: a scheme that no storage speaks, or a URL that is not complete.
     """
-    scheme = urlsplit(url).scheme if re.match(r"^[a-z][a-z0-9+.-]+://", url) else "file"
+    prefix = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", url)
+    scheme = prefix[1].lower() if prefix else "file"
+    if prefix is None or (not prefix[2] and scheme not in ("file", *REMOTE_SCHEMES)):
+        return "file", url  # a path, which may hold a colon
+    rest = url[prefix.end() :]
     if scheme == "file":
-        return scheme, unquote(urlsplit(url).path) if url.startswith("file://") else url
-    if scheme not in ("s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "azure", "http", "https"):
+        rest = rest.removeprefix("localhost")
+    if not prefix[2] or (scheme == "file" and not rest.startswith("/")):  # a path library swallows one of two slashes
+        raise StoreError(f"store {url!r} is no complete URL; expected {scheme}://{'/absolute/path' if scheme == 'file' else '…'}")
+    if scheme == "file":
+        return scheme, unquote(rest)
+    if scheme not in REMOTE_SCHEMES:
         raise StoreError(f"store {url!r}: scheme {scheme!r} is not one of file, s3, gs, az, http, https")
-    return scheme, url
+    return scheme, f"{scheme}://{rest}"
 
 
 def storage_error(name: str, error: OSError) -> HermesError:

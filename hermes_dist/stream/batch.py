@@ -148,7 +148,7 @@ class Collator:
         class_values = np.zeros((n, width, self.n_values), bool)
         task_ids = np.full((n, width), -1, np.int64)
         for i, sample in enumerate(samples if not pending else ()):
-            image[i, 0], label[i] = sample.image, sample.label
+            image[i, 0], label[i] = sample.image, self._declared(sample.label)
         for i, d in enumerate(chosen):
             for t, c in enumerate(self.tasks.datasets[d].classes):
                 task_ids[i, t] = c.task_id
@@ -169,9 +169,13 @@ class Collator:
             pending=pending,
         )
 
+    def _declared(self, label: np.ndarray) -> np.ndarray:
+        """Large values that belong to no class (`other_values`) as background: in `label_dtype` they may turn negative."""
+        return label if label.dtype.itemsize == 1 else np.where(label < self.n_values, label, 0)
+
     def _pending(self, sample: Sample) -> Pending:
         image = np.require(sample.image, requirements=["C", "W"])  # arrays of the object store are read-only
-        label = torch.from_numpy(sample.label.astype(self.label_dtype))
+        label = torch.from_numpy(self._declared(sample.label).astype(self.label_dtype))
         return Pending(torch.from_numpy(image), label, sample.numbers or Draw(), sample.patch_start)
 
 

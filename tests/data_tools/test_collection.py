@@ -221,6 +221,51 @@ def test_parts_and_held_out_releases(tmp_path, raw):
             read_collection_file(write(tmp_path, datasets=[entry(root, **{key: "(" if key == "held_out" else "x"})]))
 
 
+def test_a_release_for_testing_is_never_drawn_into_training(tmp_path, raw):
+    root = raw.make_nnunet(tmp_path / "Dataset001_A", cases=8)
+    for i in range(4):
+        image, label, affine = raw.make_volume(i)
+        raw.save(root / "imagesTs" / f"test_{i}_0000.nii.gz", image, affine)
+        raw.save(root / "labelsTs" / f"test_{i}.nii.gz", label, affine)
+    official = {f"test_{i}" for i in range(4)}
+    dataset = collection_of_sources([root]).datasets[0]
+    assert {i for i, p in dataset.split_of.items() if p == "test"} == official
+    assert Counter(dataset.split_of.values()) == {"train": 7, "val": 1, "test": 4}
+    fields = {"held_out": "case_[01]_"}
+    known = {("toy", i): "train" for i in [*official, *(f"case_{i}" for i in range(8))]}  # of a store that was made before
+    dataset = read_collection_file(write(tmp_path, datasets=[entry(root, **fields)]), known).datasets[0]
+    assert {i for i, p in dataset.split_of.items() if p == "test"} == {"case_0", "case_1"}
+    patients = {"toy": {"case_1": "anna", "case_5": "anna"}}
+    dataset = read_collection_file(write(tmp_path, datasets=[entry(root, **fields)], patients=patients)).datasets[0]
+    assert {dataset.split_of[i] for i in ("case_0", "case_1", "case_5")} == {"test"}
+    dataset = read_collection_file(write(tmp_path, datasets=[entry(root, parts={"train": 9, "val": 3}, include="case_")]))
+    assert set(dataset.datasets[0].split_of.values()) == {"train", "val"}
+
+
+def test_what_may_divide_a_patient_is_warned_of(nnunet, tmp_path):
+    def messages(known=None, splits=None, patients=None, **fields):
+        file = write(tmp_path, datasets=[entry(nnunet, **fields)], splits=splits, patients=patients)
+        dataset = read_collection_file(file, known).datasets[0]
+        assert {f.severity for f in dataset.findings} <= {"warn"}
+        return [f.message for f in dataset.findings]
+
+    assert messages(patient=r"_(\d)") == messages(patients={"toy": {"case_0": "anna"}}) == []
+    (found,) = messages(patients={"toy": {"case_0.nii.gz": "anna"}})
+    assert found == "1 cases of `patients` are not there, e.g. case_0.nii.gz"
+    assert messages(patients={"toy": {"case_0": "anna"}}, include="case_[12]") == []
+    (found,) = messages(patient="^(P[0-9]+)", patients={"toy": {"case_0": "anna"}})
+    assert "fits 3 case ids not, e.g. case_1" in found
+    (found,) = messages(held_out="release2")
+    assert "fits no image path" in found
+    anna = {"toy": {"case_0": "anna", "case_3": "anna"}}
+    splits = {"toy": {"train": ["case_0", "case_1"], "test": ["case_2", "case_3"]}}
+    (found,) = messages(splits=splits, patients=anna)
+    assert "'anna' in train (toy/case_0) and test (toy/case_3)" in found
+    (found,) = messages({("toy", "case_0"): "train", ("toy", "case_3"): "test"}, patients=anna)
+    assert found.startswith("1 patients are in more than one part")
+    assert messages(splits=splits, patients={"toy": {"case_0": "anna", "case_1": "anna"}}) == []
+
+
 def test_names_that_are_no_text_are_left_out(tmp_path, raw):
     root = raw.make_nnunet(tmp_path / "Dataset001_A", cases=2)
     for folder, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):

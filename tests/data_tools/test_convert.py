@@ -56,6 +56,16 @@ def test_other_parameters_convert_again(nnunet, tmp_path):
     assert convert(collection, str(out), Settings(), **QUIET).counts == {"converted": 4}
 
 
+def test_ct_without_its_rescale_intercept_is_warned_of(nnunet, raw):
+    assert not check(collection_of_sources([nnunet])).findings
+    image, _, affine = raw.make_volume(0)
+    raw.save(nnunet / "imagesTr" / "case_0_0000.nii.gz", image + 1024, affine)
+    (finding,) = check(collection_of_sources([nnunet])).findings
+    assert (finding.case_id, finding.check, finding.severity) == ("case_0", "intensity", "warn")
+    assert "none below 0" in finding.message
+    assert not check(collection_of_sources([nnunet], modality="T1")).findings
+
+
 def test_an_interrupted_conversion_goes_on(nnunet, tmp_path):
     """Cases that were published before the kill are not converted again, and the result is the same."""
     out, whole = tmp_path / "store", tmp_path / "whole"

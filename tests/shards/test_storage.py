@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hermes_dist.errors import CorruptShardError, DataError, StorageAccessError, StoreError, TransientStorageError
-from hermes_dist.shards.storage import LocalStorage
+from hermes_dist.shards.storage import LocalStorage, split_url
 
 PASSING = ("EMFILE", "ENFILE", "ENOMEM", "ENOTCONN", "ECONNREFUSED", "ESTALE", "EIO", "ETIMEDOUT", "ENODEV", "EXFULL")
 REFUSED = ("EACCES", "EPERM")
@@ -61,3 +61,23 @@ def test_a_read_that_comes_in_pieces_is_read_to_its_end(storage: LocalStorage, m
     assert [bytes(v) for v in storage.read_ranges("a/b", [(0, 5), (5, 4)])] == [b"01234", b"5678"]
     with pytest.raises(CorruptShardError, match="ends at byte 10, expected 15"):
         list(storage.read_ranges("a/b", [(5, 10)]))
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("stores/a:b", ("file", "stores/a:b")),
+        ("file:///data/my%20store#1?", ("file", "/data/my store#1?")),
+        ("file://localhost/data", ("file", "/data")),
+        ("S3://Bucket/Store", ("s3", "s3://Bucket/Store")),
+        ("https://host:8000/store", ("https", "https://host:8000/store")),
+    ],
+)
+def test_urls(url: str, expected: tuple[str, str]) -> None:
+    assert split_url(url) == expected
+
+
+@pytest.mark.parametrize("url", ["file://stores/all", "file:/data", "s3:/bucket/store", "gs:bucket/store", "ftp://host/store"])
+def test_incomplete_urls_are_no_local_folders(url: str) -> None:
+    with pytest.raises(StoreError, match="no complete URL|is not one of"):
+        split_url(url)

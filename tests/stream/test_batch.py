@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hermes_dist.stream.batch import Collator, StepBatch, local_part, micro_batch_count
 from hermes_dist.stream.reader import Sample
 from hermes_dist.tasks import TaskTable
+from hermes_dist.volume.augment import Draw
 
 PATCH = (3, 4, 5)
 
@@ -49,6 +50,18 @@ def test_targets_against_isin(tasks: TaskTable) -> None:
         for t in range(3):
             expected = np.isin(s.label, classes[t].values) if t < len(classes) else np.zeros(PATCH, bool)
             assert np.array_equal(targets[i, t].numpy(), expected)
+
+
+def test_large_values_of_no_class_are_background(tasks: TaskTable) -> None:
+    """In int16 the value 65535 would be -1, which fills up columns with fewer values."""
+    label = np.where(sample(0, values=(0, 1, 2)).label == 0, np.uint16(65535), sample(0, values=(0, 1, 2)).label).astype(
+        np.uint16
+    )
+    for numbers in (None, Draw()):
+        one = Sample(0, 0, 0, 0, np.zeros(PATCH, np.float32), label, numbers)
+        targets = Collator(tasks, PATCH).collate([one]).to("cpu").targets()[0].numpy()
+        for t, entry in enumerate(tasks.datasets[0].classes):
+            assert np.array_equal(targets[t], np.isin(label, entry.values))
 
 
 def test_valid_voxels_leave_out_the_ignore_value_of_that_dataset_only(tasks: TaskTable) -> None:

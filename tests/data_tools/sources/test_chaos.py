@@ -9,7 +9,7 @@ from PIL import Image
 from data_tools.collection import detect_layout
 from data_tools.findings import RejectedError
 from data_tools.sources import SOURCES
-from tests.data_tools.dicom_files import write_chaos
+from tests.data_tools.dicom_files import write_chaos, write_series
 
 
 @pytest.fixture
@@ -30,6 +30,19 @@ def test_masks_follow_their_slices(chaos):
         np.testing.assert_array_equal(case.image_zyx, image)
         np.testing.assert_array_equal(case.label_zyx, label)
         assert case.digest == SOURCES["chaos"].fingerprint(ref)
+
+
+def test_numbers_in_names_count_by_their_value(tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 900, (11, 6, 7)).astype(np.int16)
+    label = rng.choice(np.array([0, 63], np.uint8), image.shape)
+    folder = tmp_path / "MR" / "1" / "T2SPIR"
+    write_series(folder / "DICOM_anon", image, modality="MR", order=1)
+    (folder / "Ground").mkdir()
+    for k, plane in enumerate(label):  # slices have leading zeros, masks have none
+        Image.fromarray(plane).save(folder / "Ground" / f"mask{k + 1}.png")
+    (ref,) = SOURCES["chaos"].open(tmp_path / "MR", {}).cases
+    np.testing.assert_array_equal(SOURCES["chaos"].load(ref).label_zyx, label)
 
 
 def test_a_lost_mask_is_a_missing_pair(chaos):

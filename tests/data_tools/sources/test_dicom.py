@@ -56,6 +56,21 @@ def test_damaged_compressed_pixels_are_rejected(tmp_path, syntax):
         read_series(tmp_path / "p1")
 
 
+def test_a_slice_that_is_shifted_in_its_plane_is_rejected(tmp_path):
+    write_series(tmp_path / "p1", toy(), order=1)
+    path = tmp_path / "p1" / "0003.dcm"
+    for shift_mm, stacked in ((0.2, True), (0.6, False)):
+        data = pydicom.dcmread(path)
+        x, y, z = data.ImagePositionPatient
+        data.ImagePositionPatient = [x, y + shift_mm, z]
+        data.save_as(path)
+        if stacked:
+            read_series(tmp_path / "p1")
+        else:
+            with pytest.raises(RejectedError, match="aside of the line"):
+                read_series(tmp_path / "p1")
+
+
 def test_a_missing_slice_is_rejected(tmp_path):
     write_series(tmp_path / "p1", toy())
     (tmp_path / "p1" / "0997.dcm").unlink()
@@ -162,6 +177,38 @@ def test_equal_folder_names_do_not_make_equal_cases(tmp_path):
         assert source
     dataset = SOURCES["dicom"].open(tmp_path, {})
     assert [c.case_id for c in dataset.cases] == ["P1_study-1", "P2_study-1"]
+
+
+def test_studies_of_one_patient_id_are_one_patient(tmp_path):
+    def write(case, patient):
+        write_series(tmp_path / "d" / case, toy())
+        write_structures(tmp_path / "d" / case / "rt.dcm", [("gtv", [])])
+        for path in (tmp_path / "d" / case).iterdir():
+            data = pydicom.dcmread(path)
+            data.PatientID = patient
+            data.save_as(path)
+
+    for case, patient in (("a1", "Doe "), ("a2", "Doe"), ("b", "Roe"), ("c", "")):
+        write(case, patient)
+    dataset = SOURCES["dicom"].open(tmp_path / "d", {})
+    assert dataset.patients.keys() == {"a1", "a2", "b"}
+    assert dataset.patients["a1"] == dataset.patients["a2"] != dataset.patients["b"]
+    assert "Doe" not in str(dataset)
+    assert not dataset.findings
+    write("b", "Doe")
+    dataset = SOURCES["dicom"].open(tmp_path / "d", {})
+    assert not dataset.patients
+    assert [(f.check, f.severity) for f in dataset.findings] == [("patients", "warn")]
+
+
+@pytest.mark.parametrize(("drawn", "warned"), [((0, 2, 4, 5), False), ((0, 2), False), ((0, 2, 4, 6), True)])
+def test_contours_on_every_second_slice_are_warned_of(drawn, warned, tmp_path):
+    write_series(tmp_path / "p", toy((8, 20, 24)), spacing=(2.0, 1.0, 1.0))
+    square = [[(-18 + x, -28 + y, 10 + 2 * k) for x, y in ((0, 0), (6, 0), (6, 6), (0, 6))] for k in drawn]
+    write_structures(tmp_path / "p" / "rt.dcm", [("gtv", square)])
+    case = SOURCES["dicom"].load(SOURCES["dicom"].open(tmp_path, {}).cases[0])
+    assert set(np.flatnonzero(case.label_zyx.any(axis=(1, 2)))) == set(drawn)
+    assert ["every 2. slice" in f.message for f in case.findings if f.check == "contour"] == [True] * warned
 
 
 def test_objects_that_would_blow_up_are_refused(tmp_path):

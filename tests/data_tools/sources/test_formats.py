@@ -14,7 +14,7 @@ from data_tools.findings import RejectedError
 from data_tools.sources.inflate import file_digest
 from data_tools.sources.nifti import read_nifti, write_nifti
 from data_tools.sources.raw import CaseRef
-from data_tools.sources.volumes import READERS, fingerprint_files, is_volume, read_volume
+from data_tools.sources.volumes import READERS, fingerprint_files, is_volume, measure_case, read_volume
 from hermes_dist.volume.geometry import Grid
 
 
@@ -293,3 +293,18 @@ def test_a_leading_list_axis_of_nrrd_holds_channels(tmp_path):
     volume = read_volume(write_raw(tmp_path, ".nrrd", "kinds: list domain domain domain", np.moveaxis(channels, 0, -1)))
     np.testing.assert_array_equal(volume.array, channels)
     assert volume.grid.shape_vox_zyx == (3, 4, 5)
+
+
+def test_channels_and_frames_count_for_memory(tmp_path):
+    """The reader holds all of them before it picks one."""
+    frames = np.zeros((12, 11, 10, 5), np.int16)
+    nib.save(nib.Nifti1Image(frames, np.eye(4)), tmp_path / "a.nii.gz")
+    text = (
+        "NRRD0004\ntype: short\ndimension: 4\nspace: left-posterior-superior\nsizes: 5 12 11 10\nencoding: raw\nendian: little\n"
+    )
+    directions = "space directions: none (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\n\n"
+    (tmp_path / "a.nrrd").write_bytes((text + directions).encode() + frames.tobytes())
+    for name in ("a.nii.gz", "a.nrrd"):
+        grid, n_bytes = measure_case(CaseRef("a", (tmp_path / name,), ()))
+        assert grid.shape_vox_zyx == (10, 11, 12)
+        assert n_bytes == read_volume(tmp_path / name).array.nbytes == frames.nbytes

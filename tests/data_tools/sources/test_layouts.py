@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools.collection import detect_layout
+from data_tools.findings import RejectedError
 from data_tools.sources import SOURCES
 from hermes_dist.errors import SourceError
 
@@ -57,6 +58,34 @@ def test_nnunet_channels_and_file_map(tmp_path, raw):
     assert dataset.modality == "FLAIR"
     np.testing.assert_array_equal(source.load(dataset.cases[0]).image_zyx, image + 1)
     assert [f.check for f in dataset.findings] == ["channel"]
+
+
+def test_another_channel_never_takes_the_place_of_a_missing_one(nnunet, tmp_path, raw):
+    image, label, affine = raw.make_volume()
+    raw.save(nnunet / "imagesTr" / "case_2_0001.nii.gz", image, affine)
+    (nnunet / "imagesTr" / "case_2_0000.nii.gz").unlink()
+    _, dataset = opened(nnunet, "nnunet")
+    assert [c.case_id for c in dataset.cases] == ["case_0", "case_1", "case_3"]
+    assert [(f.case_id, f.message) for f in dataset.findings] == [("case_2", "no image of channel 0")]
+    names = [raw.save(tmp_path / "list" / f"{name}.nii.gz", image, affine).name for name in ("a", "b", "alone")]
+    raw.save(tmp_path / "list" / "v1_0001.nii.gz", image, affine)
+    images = {"pair": names[:2], "few": names[2:], "none": [], "v1": "v1.nii.gz"}
+    for name in images:
+        raw.save(tmp_path / "list" / "labels" / f"{name}.nii.gz", label, affine)
+    entries = [{"image": image, "label": f"labels/{name}.nii.gz"} for name, image in images.items()]
+    (tmp_path / "list" / "list.json").write_text(json.dumps({"training": entries}))
+    source, dataset = opened(tmp_path / "list", "datalist", channel=1)
+    assert {c.case_id: c.images[0].name for c in dataset.cases} == {
+        "pair": "b.nii.gz", "few": "alone.nii.gz", "v1": "v1_0001.nii.gz",
+    }  # fmt: skip
+    assert [f.case_id for f in dataset.findings] == ["none"]
+    for case in dataset.cases:
+        if case.case_id == "few":  # it might hold several channels
+            with pytest.raises(RejectedError, match="channel 1 asked for, the file has one"):
+                source.load(case)
+        else:
+            source.load(case)
+    assert [c.case_id for c in opened(tmp_path / "list", "datalist", channel=2)[1].cases] == ["few"]
 
 
 def test_msd_with_4d_images_and_junk(tmp_path, raw):
@@ -127,6 +156,22 @@ def test_one_file_per_class_keeps_overlaps_or_says_so(overlap, tmp_path, raw):
     assert [(f.check, f.severity) for f in case.findings] == [("overlap", "note" if overlap == "regions" else "warn")]
     assert dataset.splits == {"train": [], "val": [], "test": ["s1"]}
     assert case.digest == source.fingerprint(dataset.cases[0])
+
+
+def test_bids_tables_that_contradict_each_other(tmp_path, raw):
+    """Every subject may have a table of its own; the first one must not speak for all."""
+    image, label, affine = raw.make_volume()
+    for subject, names in (("1", "index\tname\n1\tliver\n2\tspleen\n"), ("2", "index\tname\n1\tliver\n3\tspleen\n")):
+        folder = tmp_path / f"sub-{subject}" / "anat"
+        raw.save(folder / f"sub-{subject}_T1w.nii.gz", image, affine)
+        raw.save(folder / f"sub-{subject}_dseg.nii.gz", label, affine)
+        (folder / f"sub-{subject}_dseg.tsv").write_text(names)
+    assert opened(tmp_path, "bids")[1].classes == [("liver", (1,)), ("spleen", (2, 3))]
+    table = tmp_path / "sub-2" / "anat" / "sub-2_dseg.tsv"
+    table.write_text("index\tname\n1\tspleen\n2\tliver\n")
+    with pytest.raises(SourceError, match="value 1 is 'liver' in .*sub-1_dseg.tsv and 'spleen' in .*sub-2_dseg.tsv"):
+        opened(tmp_path, "bids")
+    assert len(opened(tmp_path, "bids", label_ids=[(1,)])[1].cases) == 2
 
 
 def test_bids_derivatives(tmp_path, raw):
