@@ -16,6 +16,7 @@ from data_tools.forecast import forecast, is_stored, peak_bytes, require_space
 from data_tools.integrity import Expected, find_duplicates
 from data_tools.jobs import Job, Outcome, Status, Target, run_job
 from data_tools.journal import Journal, Key, StorePlan
+from data_tools.one_writer import one_writer
 from data_tools.progress import ProgressReport
 from hermes_dist.errors import StoreError, UsageError
 from hermes_dist.shards.collection import COLLECTION_FILE, Collection, recover
@@ -109,9 +110,15 @@ def convert(collection: ResolvedCollection, url: str, settings: Settings, say: C
     """Convert a collection into the store at `url`.
 
     Raises:
-        UsageError: nothing to convert, or the store holds datasets that this collection does not name.
+        UsageError: nothing to convert, the store holds datasets that this collection does not name, or another conversion
+            writes it.
         StoreError, TransientStorageError: the store cannot be written.
     """
+    with one_writer(url, part=settings.part is not None):
+        return _convert(collection, url, settings, say)
+
+
+def _convert(collection: ResolvedCollection, url: str, settings: Settings, say: Callable[[str], None]) -> ConversionReport:
     started = time.monotonic()
     tasks = collection.task_table()
     published = existing_splits(url)
@@ -157,7 +164,13 @@ def merge(url: str) -> ConversionReport:
 
     Raises:
         StoreError: no unfinished conversion there, or parts that have not run.
+        UsageError: a conversion is writing it.
     """
+    with one_writer(url):
+        return _merge(url)
+
+
+def _merge(url: str) -> ConversionReport:
     started = time.monotonic()
     journal = Journal(url)
     plan = journal.read_plan()

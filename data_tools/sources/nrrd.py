@@ -26,6 +26,7 @@ TYPES = {
     "float": "f4", "double": "f8",
 }  # fmt: skip
 ENCODINGS: dict[str, Compression] = {"raw": "none", "gzip": "gzip", "gz": "gzip"}
+NOT_MM = frozenset({"m", "meter", "cm", "centimeter", "um", "µm", "micron", "microns", "micrometer", "nm", "in", "inch"})
 TO_RAS = {
     "left-posterior-superior": (-1, -1, 1), "lps": (-1, -1, 1),
     "right-anterior-superior": (1, 1, 1), "ras": (1, 1, 1),
@@ -147,6 +148,9 @@ def _vector(text: str) -> list[float]:
 
 def _grid(reader: ByteReader, fields: dict[str, str], shape: tuple[int, int, int], findings: list[Finding]) -> Grid:
     space = fields.get("space", "").lower()
+    units = re.findall(r'"([^"]*)"', fields.get("space units", "") + fields.get("units", ""))
+    if wrong := next((u for u in units if u.strip().lower() in NOT_MM), None):
+        raise reader.reject("spacing", f"positions in {wrong!r}, expected mm", "write directions and origin in mm")
     affine = np.eye(4)
     try:
         directions = [_vector(v) for v in re.findall(r"\([^)]*\)", fields.get("space directions", "")) if "nan" not in v]

@@ -6,7 +6,8 @@ import pytest
 
 from data_tools.convert import in_part, merge
 from data_tools.journal import Journal
-from hermes_dist.errors import StoreError
+from data_tools.one_writer import one_writer
+from hermes_dist.errors import StoreError, UsageError
 from hermes_dist.shards.store import open_store
 from hermes_dist.shards.verify import case_problems
 from hermes_dist.shards.writer import StoreWriter
@@ -180,3 +181,22 @@ def test_parameters_that_go_there_and_back_lose_nothing(nnunet, tmp_path, monkey
         assert set(spacings(out).values()) == {1.5}
     run(nnunet, out, spacing=2.0)
     assert set(spacings(out).values()) == {2.0}
+
+
+def test_one_conversion_at_a_time_writes_a_store(nnunet, tmp_path):
+    """What ended first deleted what the other had not published yet. Parts of one conversion may run together."""
+    out = tmp_path / "store"
+    with one_writer(str(out)):
+        for part in (None, (1, 2)):
+            with pytest.raises(UsageError, match="another conversion is writing this store"):
+                run(nnunet, out, part=part)
+        with pytest.raises(UsageError, match="another conversion is writing this store"):
+            merge(str(out))
+    assert not out.exists(), "nothing was written, so nothing is left"
+    with one_writer(str(out), part=True):
+        run(nnunet, out, part=(1, 2))
+        run(nnunet, out, part=(2, 2))
+        with pytest.raises(UsageError, match="another conversion is writing this store"):
+            merge(str(out))
+    merge(str(out))
+    assert len(spacings(out)) > 1

@@ -288,6 +288,14 @@ def test_voxels_that_may_be_shifted_are_rejected(suffix, skip, more, tmp_path):
         read_volume(path)
 
 
+def test_positions_of_nrrd_in_other_units_are_rejected(tmp_path):
+    voxels = np.zeros((3, 4, 5))
+    assert read_volume(write_raw(tmp_path, ".nrrd", 'space units: "mm" "mm" "mm"', voxels)).grid.shape_vox_zyx == (3, 4, 5)
+    for units in ('space units: "m" "m" "m"', 'units: "" "cm" "cm"'):
+        with pytest.raises(RejectedError, match=r"expected mm"):
+            read_volume(write_raw(tmp_path, ".nrrd", units, voxels))
+
+
 def test_a_leading_list_axis_of_nrrd_holds_channels(tmp_path):
     channels = np.random.default_rng(0).integers(-900, 400, (2, 3, 4, 5))
     volume = read_volume(write_raw(tmp_path, ".nrrd", "kinds: list domain domain domain", np.moveaxis(channels, 0, -1)))
