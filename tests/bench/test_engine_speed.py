@@ -31,7 +31,7 @@ def measure(what: str, **case: Any) -> dict[str, Any]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
 def test_overhead_over_a_bare_loop(optimizer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = measure("overhead", optimizer=optimizer, ema=False, repeats=6)
+    found = measure("overhead", optimizer=optimizer, ema=False, repeats=15)
     ratios = {kind: found["engine"][kind] / found["bare"][kind] for kind in ("cpu_s", "wall_s")}
     with capsys.disabled():
         print(f"\n{optimizer}: bare {found['bare']}, engine {found['engine']}, ratios {ratios}")
