@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.findings import RejectedError
-from data_tools.integrity import SPACING_RANGE_MM
 from data_tools.jobs import Job, Outcome
 from data_tools.progress import size_text
 from data_tools.sources.inflate import MAX_EXPANSION
@@ -19,6 +18,7 @@ from data_tools.sources.volumes import DETACHED, measure_case, suffix_of
 from hermes_dist.errors import GeometryError, StoreError
 from hermes_dist.shards.case import MAX_VOXELS
 from hermes_dist.shards.storage import split_url
+from hermes_dist.volume.geometry import SPACING_RANGE_MM
 from hermes_dist.volume.preprocess import place
 
 SAMPLE_CASES = 200

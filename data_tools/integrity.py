@@ -12,12 +12,11 @@ from data_tools.collection import ResolvedDataset
 from data_tools.findings import Finding, RejectedError
 from data_tools.sources.raw import ClassValues, RawCase
 from data_tools.sources.volumes import SAME_GRID_VOX
-from hermes_dist.volume.geometry import Grid, closest_ras, grid_difference_vox
+from hermes_dist.volume.geometry import SPACING_RANGE_MM, Grid, closest_ras, grid_difference_vox
 from hermes_dist.volume.intensity import count_not_finite
 from hermes_dist.volume.preprocess import MAX_SHEAR
 
 NOTED_DIFFERENCE_VOX = 1e-3
-SPACING_RANGE_MM = (0.01, 100.0)
 USUAL_SPACING_MM = (0.1, 20.0)
 MAX_ANISOTROPY_NOTED = 10.0
 LARGEST_VALUE = float(np.finfo(np.float32).max)

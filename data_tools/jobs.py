@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -26,9 +25,9 @@ from hermes_dist.errors import (
     TransientStorageError,
 )
 from hermes_dist.shards.case import MAX_VOXELS, CaseRecord
-from hermes_dist.volume.geometry import Placement, closest_ras
-from hermes_dist.volume.intensity import body_box, is_ct
-from hermes_dist.volume.preprocess import Preprocessing, place, preprocess_image, preprocess_label
+from hermes_dist.volume.geometry import Placement
+from hermes_dist.volume.intensity import is_ct
+from hermes_dist.volume.preprocess import Preprocessing, preprocess_image, preprocess_label, require_size
 
 PIPELINE_VERSION = 3
 """Raised whenever the same inputs and parameters give other voxels: stored cases are then converted again."""
@@ -228,7 +227,10 @@ class _PreparedCase:
 
 
 def _prepare(job: Job, raw: RawCase, findings: list[Finding]) -> _PreparedCase:
-    _require_size(job, raw)
+    try:
+        require_size(raw.image_zyx, raw.grid, job.modality, job.params, below_vox=MAX_VOXELS)
+    except GeometryError as error:
+        raise RejectedError("size", str(error), "or set a coarser spacing in preprocessing") from None
     stats = {"raw_min": float(raw.image_zyx.min()), "raw_max": float(raw.image_zyx.max())}
     image, placement, made = preprocess_image(raw.image_zyx, raw.grid, job.modality, job.params)
     if not np.isfinite(made["std"]) or made["std"] == 0:
@@ -242,19 +244,6 @@ def _prepare(job: Job, raw: RawCase, findings: list[Finding]) -> _PreparedCase:
         findings.append(Finding("crop", "warn", message, 'set "crop_body": false in preprocessing'))
     raw.label_zyx = label[:0].copy()
     return _PreparedCase(image, label, placement, stats | made)
-
-
-def _require_size(job: Job, raw: RawCase) -> None:
-    """Refuse a volume that no store holds before memory is asked for: lack of memory would end the conversion, not the case."""
-    shape = place(raw.grid, None, job.params).stored_shape_vox_zyx
-    if math.prod(shape) >= MAX_VOXELS and job.params.crop_body:
-        box = body_box(closest_ras(raw.grid.affine).apply(raw.image_zyx), job.modality)
-        shape = place(raw.grid, box, job.params).stored_shape_vox_zyx
-    if math.prod(shape) >= MAX_VOXELS:
-        spacing = " × ".join(f"{s:.4g}" for s in raw.grid.spacing_mm_zyx)
-        message = f"resampling would make {' × '.join(map(str, shape))} voxels of a scan with spacing {spacing} mm"
-        hint = f"repair the header's spacing, or set a coarser one in preprocessing (below {MAX_VOXELS:,} voxels)"
-        raise RejectedError("size", message, hint)
 
 
 def _no_contrast(job: Job, stats: dict[str, float]) -> RejectedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ class RawReferences:
     Args:
         collection: the collection file.
 
+    Attributes:
+        digest: names the collection: another one has other labels, or lacks other cases.
+
     Raises:
         ConfigError, SourceError: as `read_collection_file`.
     """
@@ -29,6 +33,9 @@ class RawReferences:
     def __init__(self, collection: Path) -> None:
         self._path = collection
         self._cases = {(d.name, c.case_id): (d.layout, c) for d in read_collection_file(collection).datasets for c in d.cases}
+        # Its paths are relative to where it lies.
+        place = f"{collection.resolve()}\n".encode()
+        self.digest = hashlib.blake2b(place + collection.read_bytes(), digest_size=8).hexdigest()
 
     def __call__(self, row: ManifestRow) -> np.ndarray | None:
         """Label map on the case's original grid (Z Y X); None, with a line on stderr, for a case that is not in the collection.

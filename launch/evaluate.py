@@ -25,7 +25,7 @@ from hermes_dist.train.held_out import held_out_loss, write_held_out
 from hermes_dist.train.options import to_count, to_device, use_cores
 from hermes_dist.train.predict import load_run
 from hermes_dist.train.report_scores import show
-from hermes_dist.train.run_directory import file_digest, open_stores
+from hermes_dist.train.run_directory import open_stores
 from hermes_dist.train.transfer import check_preprocessing
 
 
@@ -60,7 +60,7 @@ def main() -> int:
             return 0
         references = RawReferences(args.raw) if args.raw else None
         about = (args.run, run.config, stores, run.tasks, args.split, run.weights_digest, references)
-        source = file_digest(args.raw) if args.raw else ""
+        source = references.digest if references else ""
         job = Job(*about, checkpoint=run.checkpoint, chosen=run.chosen, references_digest=source)
         earlier = others_before(job)
         with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:

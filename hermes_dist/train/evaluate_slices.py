@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from hermes_dist.shards.case import safe_name
 
 MaskPair = tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 """Class name, prediction, reference (Z Y X)."""
@@ -64,7 +65,7 @@ def save_slice(
         reference=np.packbits([r[z] for _, _, r in masks], axis=0),
         spacing_mm_yx=np.array(spacing_mm_zyx[1:]),
     )
-    path = folder / (re.sub(r"[^\w.-]+", "_", case) + ".npz")
+    path = folder / (safe_name(case) + ".npz")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)

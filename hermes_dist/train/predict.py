@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,13 +31,11 @@ from hermes_dist.seg import sliding_window
 from hermes_dist.shards.case import MAX_VOXELS
 from hermes_dist.tasks import DatasetTasks, TaskClass, TaskTable
 from hermes_dist.train.step import ask
-from hermes_dist.volume.geometry import Grid, Placement, closest_ras
-from hermes_dist.volume.intensity import body_box, count_not_finite
-from hermes_dist.volume.preprocess import Prepared, Preprocessing, place, preprocess_image, restore_probability
+from hermes_dist.volume.geometry import SPACING_RANGE_MM, Grid, Placement
+from hermes_dist.volume.intensity import count_not_finite
+from hermes_dist.volume.preprocess import Prepared, Preprocessing, preprocess_image, require_size, restore_probability
 
 THRESHOLD = 0.5
-SPACING_RANGE_MM = (0.01, 100.0)
-"""As in conversion (data_tools/integrity.py): outside of it a header is wrong."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,7 @@ def predict_scan(
     Voxels outside the body crop are background.
 
     Raises:
-        GeometryError: shape and grid disagree, or the axes are sheared.
+        GeometryError: shape and grid disagree, the axes are sheared, or resampling would make too many voxels.
         DataError: voxels are NaN or infinite, the spacing is impossible, or the scan has no contrast (its masks would be empty,
             and nobody would know why).
     """
@@ -250,7 +247,10 @@ def _prepared(image_zyx: npt.NDArray[Any], grid: Grid, modality: str, params: Pr
     bad = count_not_finite(image_zyx)
     if bad:
         raise DataError(f"{bad:,} of {image_zyx.size:,} voxels are NaN or infinite; replace them by the value of air")
-    _require_size(image_zyx, grid, modality, params)
+    if min(grid.spacing_mm_zyx) < SPACING_RANGE_MM[0] or max(grid.spacing_mm_zyx) > SPACING_RANGE_MM[1]:
+        spacing = " × ".join(f"{s:.4g}" for s in grid.spacing_mm_zyx)
+        raise DataError(f"spacing {spacing} mm is impossible; repair the header (metres or inches are usual causes)")
+    require_size(image_zyx, grid, modality, params, below_vox=MAX_VOXELS)
     prepared = preprocess_image(image_zyx, grid, modality, params)
     low, high, std = (prepared.stats[key] for key in ("clip_low", "clip_high", "std"))
     seen = f"values from {float(image_zyx.min()):g} to {float(image_zyx.max()):g}"
@@ -262,21 +262,6 @@ def _prepared(image_zyx: npt.NDArray[Any], grid: Grid, modality: str, params: Pr
             "check its modality, and rescale slope and intercept"
         )
     return prepared
-
-
-def _require_size(image_zyx: npt.NDArray[Any], grid: Grid, modality: str, params: Preprocessing) -> None:
-    """Refuse what a wrong spacing would make of a scan before memory is asked for: lack of it may end the whole command."""
-    spacing = " × ".join(f"{s:.4g}" for s in grid.spacing_mm_zyx)
-    if min(grid.spacing_mm_zyx) < SPACING_RANGE_MM[0] or max(grid.spacing_mm_zyx) > SPACING_RANGE_MM[1]:
-        raise DataError(f"spacing {spacing} mm is impossible; repair the header (metres or inches are usual causes)")
-    shape = place(grid, None, params).stored_shape_vox_zyx
-    if math.prod(shape) >= MAX_VOXELS and params.crop_body:
-        shape = place(grid, body_box(closest_ras(grid.affine).apply(image_zyx), modality), params).stored_shape_vox_zyx
-    if math.prod(shape) >= MAX_VOXELS:
-        raise DataError(
-            f"resampling would make {' × '.join(map(str, shape))} voxels of a scan with spacing {spacing} mm (below "
-            f"{MAX_VOXELS:,} pass); repair the header's spacing"
-        )
 
 
 def restored_mask(levels: npt.NDArray[np.uint8], placement: Placement) -> npt.NDArray[np.bool_]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -62,11 +61,6 @@ def prepare(config: Config, tasks: TaskTable, preprocessing: Preprocessing, worl
     digests = recorded_digests(run_dir)
     write_json(run_dir / DIGESTS_FILE, {"digests": digests if digest in digests else [*digests, digest]})
     return run_dir
-
-
-def file_digest(path: Path) -> str:
-    """Hash of where a collection file lies (its paths are relative to that) and of what it says."""
-    return hashlib.blake2b(f"{path.resolve()}\n".encode() + path.read_bytes(), digest_size=8).hexdigest()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -20,6 +20,8 @@ from hermes_dist.errors import GeometryError
 
 Int3 = tuple[int, int, int]
 Float3 = tuple[float, float, float]
+SPACING_RANGE_MM = (0.01, 100.0)
+"""Outside of it a header is wrong."""
 
 
 @dataclass(frozen=True, eq=False)

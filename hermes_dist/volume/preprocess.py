@@ -7,6 +7,7 @@ image's placement and never influence it.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -99,6 +100,25 @@ def place(grid: Grid, box_zyx: tuple[slice, slice, slice] | None, params: Prepro
 
 def _int3(values: list[int]) -> Int3:
     return values[0], values[1], values[2]
+
+
+def require_size(
+    image_zyx: Num[np.ndarray, "z y x"], grid: Grid, modality: str, params: Preprocessing, *, below_vox: int
+) -> None:
+    """Refuse what a wrong spacing would make of a scan before memory is asked for: lack of it ends a command, not a case.
+
+    Raises:
+        GeometryError: the stored volume would have `below_vox` voxels or more, or the axes are sheared.
+    """
+    shape = place(grid, None, params).stored_shape_vox_zyx
+    if math.prod(shape) >= below_vox and params.crop_body:
+        shape = place(grid, body_box(closest_ras(grid.affine).apply(image_zyx), modality), params).stored_shape_vox_zyx
+    if math.prod(shape) >= below_vox:
+        spacing = " × ".join(f"{s:.4g}" for s in grid.spacing_mm_zyx)
+        raise GeometryError(
+            f"resampling would make {' × '.join(map(str, shape))} voxels of a scan with spacing {spacing} mm; below "
+            f"{below_vox:,} pass, so repair the header's spacing"
+        )
 
 
 def preprocess_image(image_zyx: Num[np.ndarray, "z y x"], grid: Grid, modality: str, params: Preprocessing) -> Prepared:

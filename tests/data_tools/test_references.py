@@ -33,6 +33,16 @@ def test_the_label_as_annotated(converted, raw):
         np.testing.assert_array_equal(label, raw.make_volume(int(row.case_id[-1]))[1])
 
 
+def test_the_digest_tells_collections_apart(converted):
+    collection, _, _ = converted
+    digest = RawReferences(collection).digest
+    assert RawReferences(collection).digest == digest
+    data = json.loads(collection.read_text())
+    data["datasets"][0]["include"] = "case_[12]"
+    collection.write_text(json.dumps(data))
+    assert RawReferences(collection).digest != digest
+
+
 def test_a_case_of_another_collection_is_named(converted, capsys):
     collection, rows, folder = converted
     for part in ("imagesTr/case_0_0000.nii.gz", "labelsTr/case_0.nii.gz"):

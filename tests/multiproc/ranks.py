@@ -1,6 +1,6 @@
 """Starts a module once per rank, as a launcher would, and waits for all of them within a limit.
 
-The ranks are forks of one server that has imported the libraries: a rank that imports them by itself computes for eight seconds
+The ranks are forks of one server that has imported the libraries: a rank that imports them by itself computes for seconds
 before it does anything, which was most of the time of these tests. Tests of launchers start whole processes (tests/launch).
 """
 

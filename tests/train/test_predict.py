@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import integrity
 from hermes_dist.errors import CheckpointError, ConfigError, DataError, TaskError
 from hermes_dist.tasks import TaskTable
 from hermes_dist.train import predict
@@ -166,4 +165,3 @@ def test_a_wrong_spacing_is_refused_before_it_takes_all_memory(run, monkeypatch,
     image = np.zeros((40, 40, 40), np.int16)
     with pytest.raises(DataError, match=message):
         masks(run, image, Grid(np.diag([*spacing_mm, 1.0]), image.shape))
-    assert integrity.SPACING_RANGE_MM == predict.SPACING_RANGE_MM
